@@ -1,0 +1,170 @@
+//! A stream's calibrated parameters, and the tables that coding with them needs.
+
+use crate::error::{CodecError, Result};
+use crate::linalg;
+use crate::rope::Rope;
+use crate::width::Width;
+
+/// Block lengths the packed format allows.
+pub const BLOCK_LENS: [usize; 6] = [8, 16, 32, 64, 128, 256];
+/// Largest head_dim the codec accepts.
+pub const MAX_HEAD_DIM: usize = 1024;
+
+/// The calibrated transform of one stream (K or V of one layer and KV head).
+///
+/// A shape s (a key or value divided by its gain) is modelled as s = R(δ)·μ + V·z with z of unit variance; δ is the
+/// token's offset from its block's centre. V need not be orthogonal: it is the inverse of a transform that makes
+/// equal errors in z cost in proportion to `importance`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Basis {
+    /// Mean of the shape μ, `[head_dim]`; before rotation for keys.
+    pub mean: Vec<f32>,
+    /// Synthesis matrix V, `[head_dim, head_dim]` row-major; column i belongs to coefficient i.
+    pub synthesis: Vec<f32>,
+    /// What the whole variance of coefficient i costs when it is dropped (λᵢ), `[head_dim]`, at least 0.
+    pub importance: Vec<f32>,
+    /// Bits of each coefficient, `[head_dim]`.
+    pub widths: Vec<Width>,
+}
+
+/// One coefficient that is stored, in the order of storage.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Coded {
+    /// Its column in the synthesis matrix.
+    pub(crate) column: usize,
+    /// Its width, never [`Width::W0`].
+    pub(crate) width: Width,
+}
+
+/// A basis made ready for coding blocks of a fixed length.
+///
+/// All tables are scaled so that coefficients are counted in quantiser steps.
+#[derive(Debug, Clone)]
+pub struct StreamTables {
+    pub(crate) head_dim: usize,
+    pub(crate) block_len: usize,
+    /// Stored coefficients: widths fall, then columns rise.
+    pub(crate) coded: Vec<Coded>,
+    /// `[n_coded, head_dim]`: rows of V⁻¹, divided by the step.
+    pub(crate) analysis: Vec<f32>,
+    /// `[head_dim, n_coded]`: columns of V, times the step.
+    pub(crate) synthesis: Vec<f32>,
+    /// `[n_coded, block_len]`: V⁻¹·R(δ)·μ in steps.
+    pub(crate) coded_mean: Vec<f32>,
+    /// `[head_dim, block_len]`: R(δ)·μ.
+    pub(crate) shape_mean: Vec<f32>,
+    /// `[n_coded]`: cost of a squared error of one step, λᵢ·Δᵢ².
+    pub(crate) step_cost: Vec<f32>,
+}
+
+impl StreamTables {
+    /// Prepares a basis; `rope` is the rotation that the keys carry, `None` for values and unrotated keys.
+    ///
+    /// # Errors
+    /// Wrong array lengths, a block length outside [`BLOCK_LENS`], values that are not finite, a singular synthesis
+    /// matrix, a rope wider than the vectors.
+    pub fn new(basis: &Basis, rope: Option<&Rope>, block_len: usize) -> Result<Self> {
+        let d = basis.mean.len();
+        check_basis(basis, rope, block_len)?;
+        let inverse = linalg::inverse(&basis.synthesis, d).ok_or(CodecError::SingularBasis)?;
+
+        let mut coded: Vec<Coded> = (0..d)
+            .filter(|&i| basis.widths[i] != Width::W0)
+            .map(|column| Coded { column, width: basis.widths[column] })
+            .collect();
+        coded.sort_by_key(|c| (std::cmp::Reverse(c.width), c.column));
+
+        let shape_mean = rotated_means(&basis.mean, rope, block_len);
+        let n_coded = coded.len();
+        let mut tables = Self {
+            head_dim: d,
+            block_len,
+            analysis: vec![0.0; n_coded * d],
+            synthesis: vec![0.0; n_coded * d],
+            coded_mean: vec![0.0; n_coded * block_len],
+            shape_mean,
+            step_cost: coded.iter().map(|c| basis.importance[c.column] * c.width.step().powi(2)).collect(),
+            coded,
+        };
+        for (row, c) in tables.coded.iter().enumerate() {
+            let step = f64::from(c.width.step());
+            for j in 0..d {
+                tables.analysis[row * d + j] = (inverse[c.column * d + j] / step) as f32;
+                tables.synthesis[j * n_coded + row] = (f64::from(basis.synthesis[j * d + c.column]) * step) as f32;
+            }
+            for t in 0..block_len {
+                let dot: f64 = (0..d)
+                    .map(|j| inverse[c.column * d + j] * f64::from(tables.shape_mean[j * block_len + t]))
+                    .sum();
+                tables.coded_mean[row * block_len + t] = (dot / step) as f32;
+            }
+        }
+        Ok(tables)
+    }
+
+    /// Components of a key or value.
+    #[must_use]
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// Tokens in a block.
+    #[must_use]
+    pub fn block_len(&self) -> usize {
+        self.block_len
+    }
+
+    /// Coefficients that are stored, at most `head_dim`.
+    #[must_use]
+    pub fn n_coded(&self) -> usize {
+        self.coded.len()
+    }
+}
+
+fn check_basis(basis: &Basis, rope: Option<&Rope>, block_len: usize) -> Result<()> {
+    let d = basis.mean.len();
+    if d == 0 || d > MAX_HEAD_DIM {
+        return Err(CodecError::Range { what: "head_dim", given: d, expected: "1 to 1024" });
+    }
+    if !BLOCK_LENS.contains(&block_len) {
+        return Err(CodecError::Range { what: "block_len", given: block_len, expected: "8, 16, 32, 64, 128 or 256" });
+    }
+    for (what, given, expected) in [
+        ("the synthesis matrix", basis.synthesis.len(), d * d),
+        ("importance", basis.importance.len(), d),
+        ("widths", basis.widths.len(), d),
+    ] {
+        if given != expected {
+            return Err(CodecError::Length { what, given, expected });
+        }
+    }
+    for (what, values) in
+        [("the mean", &basis.mean), ("the synthesis matrix", &basis.synthesis), ("importance", &basis.importance)]
+    {
+        if values.iter().any(|v| !v.is_finite()) {
+            return Err(CodecError::NonFiniteParameter { what });
+        }
+    }
+    if let Some(rope) = rope
+        && rope.rotary_dim() > d
+    {
+        return Err(CodecError::Range { what: "rotary_dim", given: rope.rotary_dim(), expected: "at most head_dim" });
+    }
+    Ok(())
+}
+
+/// R(δ)·μ for each token of a block, component-major; δ = token − block_len/2.
+fn rotated_means(mean: &[f32], rope: Option<&Rope>, block_len: usize) -> Vec<f32> {
+    let mut means = vec![0.0; mean.len() * block_len];
+    let mut rotated = mean.to_vec();
+    for t in 0..block_len {
+        if let Some(rope) = rope {
+            rotated.copy_from_slice(mean);
+            rope.rotation(t as i64 - (block_len / 2) as i64).apply(&mut rotated);
+        }
+        for (j, value) in rotated.iter().enumerate() {
+            means[j * block_len + t] = *value;
+        }
+    }
+    means
+}

@@ -1,0 +1,50 @@
+//! The number formats in which models hand over keys and values.
+
+use half::{bf16, f16};
+
+/// A floating-point element of a key or value tensor.
+pub trait Element: bytemuck::Pod + Default + Send + Sync + PartialEq + std::fmt::Debug + 'static {
+    /// Name as in torch.
+    const NAME: &'static str;
+    /// Exact widening.
+    fn to_f32(self) -> f32;
+    /// Rounds to nearest even.
+    fn from_f32(value: f32) -> Self;
+}
+
+impl Element for f32 {
+    const NAME: &'static str = "float32";
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+}
+
+impl Element for bf16 {
+    const NAME: &'static str = "bfloat16";
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+}
+
+impl Element for f16 {
+    const NAME: &'static str = "float16";
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        Self::to_f32(self)
+    }
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        // Decoding may overshoot the largest float16 by the quantiser's error; infinity would poison a softmax.
+        Self::from_f32(value.clamp(-65504.0, 65504.0))
+    }
+}

@@ -1,0 +1,61 @@
+//! What can be wrong with a codec's parameters or with the activations given to it.
+
+use thiserror::Error;
+
+/// Every way in which the codec refuses its input. Nothing is changed when one is returned.
+#[derive(Debug, Clone, PartialEq, Error)]
+#[non_exhaustive]
+pub enum CodecError {
+    /// A count or length is outside the range the codec works with.
+    #[error("{what} is {given}, expected {expected}")]
+    Range {
+        /// The quantity, as the user knows it.
+        what: &'static str,
+        /// The value that was given.
+        given: usize,
+        /// The values that are allowed.
+        expected: &'static str,
+    },
+    /// An array has another length than the shape it stands for.
+    #[error("{what} has {given} elements, expected {expected}")]
+    Length {
+        /// The array, as the user knows it.
+        what: &'static str,
+        /// Its length.
+        given: usize,
+        /// The length that the shape asks for.
+        expected: usize,
+    },
+    /// NaN or infinity in a codec's parameters.
+    #[error("{what} holds NaN or infinity; a preset with such values cannot be used, calibrate again")]
+    NonFiniteParameter {
+        /// The parameter array.
+        what: &'static str,
+    },
+    /// The synthesis matrix cannot be inverted.
+    #[error("the basis of this stream is singular, so nothing can be coded with it; calibrate again")]
+    SingularBasis,
+    /// The columns of a shared low-rank basis are not orthonormal.
+    #[error("the columns of U are not orthonormal: max |UᵀU - I| is {deviation:.2e}, at most {limit:.0e} is allowed")]
+    NotOrthonormal {
+        /// Largest absolute entry of UᵀU - I.
+        deviation: f64,
+        /// The largest deviation that is accepted.
+        limit: f64,
+    },
+    /// NaN, infinity or a magnitude above [`crate::gain::MAX_MAGNITUDE`] in keys or values.
+    #[error(
+        "token {token} of KV head {head} holds NaN, infinity or a magnitude above 1e18; the model's {side} are broken before they reach the cache"
+    )]
+    BadActivation {
+        /// "keys" or "values".
+        side: &'static str,
+        /// KV head.
+        head: usize,
+        /// Token, counted from the first one handed over.
+        token: usize,
+    },
+}
+
+/// The result of a codec operation.
+pub type Result<T> = std::result::Result<T, CodecError>;

@@ -1,0 +1,197 @@
+//! The portable text of the kernels. Loops over tokens are innermost and free of branches, for the vectoriser.
+
+use super::Scratch;
+use crate::basis::StreamTables;
+use crate::block::{SIDE_BYTES_PER_TOKEN, pack_row, row_bytes, unpack_row};
+use crate::gain::{GUARD_SCALES, gain, gain_code, pack_side, unpack_side};
+use crate::reference::{GUARD_CANDIDATES, smallest_safe_guard};
+
+/// Tokens that are worked on together: every block length is a multiple, and eight f32 fill an AVX2 register.
+const LANES: usize = 8;
+type Lanes = [f32; LANES];
+
+#[inline(always)]
+fn load(values: &[f32], at: usize) -> Lanes {
+    values[at..at + LANES].try_into().expect("a slice of LANES values")
+}
+
+/// out[m, n] = a[m, k] · x[k, n], row-major, tiles of `ROWS` rows by `COLUMNS` vectors of tokens.
+#[inline(always)]
+fn multiply_tile<const ROWS: usize, const COLUMNS: usize>(
+    a: &[f32],
+    x: &[f32],
+    out: &mut [f32],
+    (row, column): (usize, usize),
+    (k, n): (usize, usize),
+) {
+    let mut sums = [[[0.0f32; LANES]; COLUMNS]; ROWS];
+    let rows: [&[f32]; ROWS] = std::array::from_fn(|r| &a[(row + r) * k..(row + r + 1) * k]);
+    for j in 0..k {
+        let x_row: [Lanes; COLUMNS] = std::array::from_fn(|c| load(x, j * n + column + c * LANES));
+        for r in 0..ROWS {
+            let factor = rows[r][j];
+            for c in 0..COLUMNS {
+                for l in 0..LANES {
+                    sums[r][c][l] = factor.mul_add(x_row[c][l], sums[r][c][l]);
+                }
+            }
+        }
+    }
+    for r in 0..ROWS {
+        for c in 0..COLUMNS {
+            let at = (row + r) * n + column + c * LANES;
+            out[at..at + LANES].copy_from_slice(&sums[r][c]);
+        }
+    }
+}
+
+/// out[m, n] = a[m, k] · x[k, n]; n is a multiple of [`LANES`].
+#[inline(always)]
+fn multiply(a: &[f32], x: &[f32], out: &mut [f32], k: usize, n: usize) {
+    let m = out.len() / n;
+    let mut column = 0;
+    while column < n {
+        let mut row = 0;
+        if n - column >= 4 * LANES {
+            while row + 2 <= m {
+                multiply_tile::<2, 4>(a, x, out, (row, column), (k, n));
+                row += 2;
+            }
+            if row < m {
+                multiply_tile::<1, 4>(a, x, out, (row, column), (k, n));
+            }
+            column += 4 * LANES;
+        } else {
+            while row + 4 <= m {
+                multiply_tile::<4, 1>(a, x, out, (row, column), (k, n));
+                row += 4;
+            }
+            while row < m {
+                multiply_tile::<1, 1>(a, x, out, (row, column), (k, n));
+                row += 1;
+            }
+            column += LANES;
+        }
+    }
+}
+
+/// As [`crate::reference::encode`], from and into the buffers of `scratch`.
+#[inline(always)]
+pub(super) fn encode(tables: &StreamTables, scratch: &mut Scratch, packed: &mut [u8]) {
+    let (d, n) = (tables.head_dim, tables.block_len);
+    let Scratch { x, z, codes } = scratch;
+    multiply(&tables.analysis, x, z, d, n);
+    for t in (0..n).step_by(LANES) {
+        let mut norms = [0.0f32; LANES];
+        for j in 0..d {
+            let values = load(x, j * n + t);
+            for l in 0..LANES {
+                norms[l] = values[l].mul_add(values[l], norms[l]);
+            }
+        }
+        let gain_codes: [u16; LANES] = std::array::from_fn(|l| gain_code(norms[l] / d as f32));
+        let inverse_gains: Lanes = std::array::from_fn(|l| {
+            let gain = gain(gain_codes[l]);
+            if gain > 0.0 { 1.0 / gain } else { 0.0 }
+        });
+        let guards = normalise_and_guard(tables, z, t, &inverse_gains);
+        for l in 0..LANES {
+            let side = pack_side(gain_codes[l], guards[l]).to_le_bytes();
+            packed[2 * (t + l)..2 * (t + l) + 2].copy_from_slice(&side);
+        }
+    }
+
+    let (side, mut rows) = packed.split_at_mut(n * SIDE_BYTES_PER_TOKEN);
+    // The row loop wants all tokens' step factors at once; x is free by now.
+    for (t, word) in side.chunks_exact(2).enumerate() {
+        x[t] = 1.0 / GUARD_SCALES[usize::from(u16::from_le_bytes([word[0], word[1]]) >> 12)];
+    }
+    let inverse_scales = &x[..n];
+    for (i, coded) in tables.coded.iter().enumerate() {
+        let half = coded.width.half_levels() as f32;
+        let z = &z[i * n..(i + 1) * n];
+        for t in 0..n {
+            let level = (z[t] * inverse_scales[t]).floor();
+            codes[t] = (level.max(-half).min(half - 1.0) + half) as i32 as u8;
+        }
+        let (row, rest) = rows.split_at_mut(row_bytes(coded.width, n));
+        pack_row(coded.width, codes, row);
+        rows = rest;
+    }
+}
+
+/// Turns eight tokens' projections into coefficients (in place) and chooses their guard codes.
+#[inline(always)]
+fn normalise_and_guard(tables: &StreamTables, z: &mut [f32], t: usize, inverse_gains: &Lanes) -> [u8; LANES] {
+    let (n, n_coded) = (tables.block_len, tables.n_coded());
+    let mut largest = [0.0f32; LANES];
+    for i in 0..n_coded {
+        let mean = load(&tables.coded_mean, i * n + t);
+        let inverse_half = 1.0 / tables.coded[i].width.half_levels() as f32;
+        let z = &mut z[i * n + t..i * n + t + LANES];
+        for l in 0..LANES {
+            z[l] = z[l].mul_add(inverse_gains[l], -mean[l]);
+            largest[l] = largest[l].max(z[l].abs() * inverse_half);
+        }
+    }
+    let safe = largest.map(smallest_safe_guard);
+    let mut best_cost = [f32::INFINITY; LANES];
+    let mut best = safe;
+    for k in 0..GUARD_CANDIDATES {
+        let guards = safe.map(|g| g.saturating_sub(k));
+        let scales = guards.map(|g| GUARD_SCALES[usize::from(g)]);
+        let inverse_scales = scales.map(|s| 1.0 / s);
+        let mut costs = [0.0f32; LANES];
+        for i in 0..n_coded {
+            let half = tables.coded[i].width.half_levels() as f32;
+            let step_cost = tables.step_cost[i];
+            let z = load(z, i * n + t);
+            for l in 0..LANES {
+                let level = (z[l] * inverse_scales[l]).floor().max(-half).min(half - 1.0);
+                // Written as the decoder computes it, code + (0.5 − half), for equal rounding.
+                let error = ((level + half) + (0.5 - half)).mul_add(-scales[l], z[l]);
+                costs[l] = (step_cost * error).mul_add(error, costs[l]);
+            }
+        }
+        for l in 0..LANES {
+            if costs[l] < best_cost[l] {
+                best_cost[l] = costs[l];
+                best[l] = guards[l];
+            }
+        }
+    }
+    best
+}
+
+/// As [`crate::reference::decode`], into `scratch.x`.
+#[inline(always)]
+pub(super) fn decode(tables: &StreamTables, packed: &[u8], scratch: &mut Scratch) {
+    let n = tables.block_len;
+    let Scratch { x, z, codes } = scratch;
+    let (side, mut rows) = packed.split_at(n * SIDE_BYTES_PER_TOKEN);
+    for (i, coded) in tables.coded.iter().enumerate() {
+        let (row, rest) = rows.split_at(row_bytes(coded.width, n));
+        unpack_row(coded.width, row, codes);
+        rows = rest;
+        let offset = 0.5 - coded.width.half_levels() as f32;
+        for (level, code) in z[i * n..(i + 1) * n].iter_mut().zip(codes.iter()) {
+            *level = f32::from(*code) + offset;
+        }
+    }
+    multiply(&tables.synthesis, z, x, tables.n_coded(), n);
+    for t in (0..n).step_by(LANES) {
+        let mut gains = [0.0f32; LANES];
+        let mut scales = [0.0f32; LANES];
+        for l in 0..LANES {
+            let at = 2 * (t + l);
+            (gains[l], scales[l]) = unpack_side(u16::from_le_bytes([side[at], side[at + 1]]));
+        }
+        for j in 0..tables.head_dim {
+            let mean = load(&tables.shape_mean, j * n + t);
+            let x = &mut x[j * n + t..j * n + t + LANES];
+            for l in 0..LANES {
+                x[l] = x[l].mul_add(scales[l], mean[l]) * gains[l];
+            }
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! The rotation that a model's rotary position embedding applies to its keys, and its inverse.
+//!
+//! RoPE (Su et al., "RoFormer", 2021) turns pair i of a key at position p by the angle p·fᵢ. The codec needs only the
+//! pairing of components and the frequencies fᵢ: it turns a block's keys back by the angle of the block's centre c,
+//! R(−c)·R(p)·k = R(p − c)·k, and the decoder turns them forward again. Both use the same angles, so the frame is
+//! exact whatever the model does; wrong frequencies would only make the basis fit less well.
+
+use crate::error::{CodecError, Result};
+
+/// Which components form a pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Pairing {
+    /// Component i with i + rotary_dim/2 (Llama, Qwen, Mistral, NeoX …).
+    HalfSplit,
+    /// Component 2i with 2i + 1 (GLM, Cohere, GPT-J …).
+    Interleaved,
+}
+
+/// A rotary embedding: pairing, number of rotated components and frequencies in radians a token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rope {
+    pairing: Pairing,
+    rotary_dim: usize,
+    inv_freq: Vec<f64>,
+}
+
+/// The rotation of one position: a cosine and a sine for each pair.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rotation {
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    pairing: Pairing,
+}
+
+impl Rope {
+    /// A rotary embedding over the first `rotary_dim` components, `rotary_dim / 2` frequencies.
+    ///
+    /// # Errors
+    /// An odd or empty `rotary_dim`, a wrong number of frequencies, or frequencies that are not finite.
+    pub fn new(pairing: Pairing, rotary_dim: usize, inv_freq: Vec<f64>) -> Result<Self> {
+        if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
+            return Err(CodecError::Range { what: "rotary_dim", given: rotary_dim, expected: "an even number, at least 2" });
+        }
+        if inv_freq.len() != rotary_dim / 2 {
+            return Err(CodecError::Length { what: "inv_freq", given: inv_freq.len(), expected: rotary_dim / 2 });
+        }
+        if inv_freq.iter().any(|f| !f.is_finite()) {
+            return Err(CodecError::NonFiniteParameter { what: "inv_freq" });
+        }
+        Ok(Self { pairing, rotary_dim, inv_freq })
+    }
+
+    /// Number of leading components that are rotated.
+    #[must_use]
+    pub fn rotary_dim(&self) -> usize {
+        self.rotary_dim
+    }
+
+    /// Which components form a pair.
+    #[must_use]
+    pub fn pairing(&self) -> Pairing {
+        self.pairing
+    }
+
+    /// Frequencies in radians a token, one a pair.
+    #[must_use]
+    pub fn inv_freq(&self) -> &[f64] {
+        &self.inv_freq
+    }
+
+    /// R(position); a negative position is the inverse of the positive one.
+    #[must_use]
+    pub fn rotation(&self, position: i64) -> Rotation {
+        // Angles in f64: at 10⁶ tokens f32 would be wrong by whole radians' hundredths.
+        let angles = self.inv_freq.iter().map(|f| f * position as f64);
+        let (sin, cos) = angles.map(|a| (a.sin() as f32, a.cos() as f32)).unzip();
+        Rotation { cos, sin, pairing: self.pairing }
+    }
+}
+
+impl Rotation {
+    /// The two components of pair `i` and its cosine and sine.
+    #[inline]
+    fn pair(&self, i: usize) -> (usize, usize, f32, f32) {
+        let (a, b) = match self.pairing {
+            Pairing::HalfSplit => (i, i + self.cos.len()),
+            Pairing::Interleaved => (2 * i, 2 * i + 1),
+        };
+        (a, b, self.cos[i], self.sin[i])
+    }
+
+    /// Rotates one vector in place: (a, b) → (a·cos − b·sin, b·cos + a·sin).
+    pub fn apply(&self, x: &mut [f32]) {
+        self.apply_component_major(x, 1);
+    }
+
+    /// Rotates `n_tokens` vectors held component-major (`x[component * n_tokens + token]`) by the same angles.
+    #[inline(always)]
+    pub fn apply_component_major(&self, x: &mut [f32], n_tokens: usize) {
+        for i in 0..self.cos.len() {
+            let (a, b, cos, sin) = self.pair(i);
+            let (lower, upper) = x.split_at_mut(b * n_tokens);
+            let row_a = &mut lower[a * n_tokens..(a + 1) * n_tokens];
+            let row_b = &mut upper[..n_tokens];
+            for (xa, xb) in row_a.iter_mut().zip(row_b) {
+                let (a0, b0) = (*xa, *xb);
+                *xa = a0.mul_add(cos, -(b0 * sin));
+                *xb = b0.mul_add(cos, a0 * sin);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rotation_matches_the_complex_product() {
+        for pairing in [Pairing::HalfSplit, Pairing::Interleaved] {
+            let rope = Rope::new(pairing, 4, vec![1.0, 0.01]).unwrap();
+            let mut x = [0.3, -1.2, 2.0, 0.7, 9.0];
+            let before = x;
+            rope.rotation(37).apply(&mut x);
+            let pairs = match pairing {
+                Pairing::HalfSplit => [(0, 2), (1, 3)],
+                Pairing::Interleaved => [(0, 1), (2, 3)],
+            };
+            for ((a, b), f) in pairs.into_iter().zip([1.0f64, 0.01]) {
+                let (s, c) = (37.0 * f).sin_cos();
+                let expected_a = f64::from(before[a]) * c - f64::from(before[b]) * s;
+                let expected_b = f64::from(before[b]) * c + f64::from(before[a]) * s;
+                assert!((f64::from(x[a]) - expected_a).abs() < 1e-6);
+                assert!((f64::from(x[b]) - expected_b).abs() < 1e-6);
+            }
+            assert_eq!(x[4], 9.0, "components beyond rotary_dim stay");
+        }
+    }
+
+    #[test]
+    fn inverse_undoes_rotation_far_out() {
+        let rope = Rope::new(Pairing::HalfSplit, 8, vec![1.0, 0.3, 0.1, 1e-4]).unwrap();
+        let mut x: Vec<f32> = (0..8).map(|i| i as f32 - 3.5).collect();
+        let before = x.clone();
+        rope.rotation(1_000_003).apply(&mut x);
+        rope.rotation(-1_000_003).apply(&mut x);
+        for (a, b) in x.iter().zip(&before) {
+            assert!((a - b).abs() < 1e-5);
+        }
+    }
+
+    #[test]
+    fn bad_descriptions_are_refused() {
+        assert!(Rope::new(Pairing::HalfSplit, 3, vec![1.0]).is_err());
+        assert!(Rope::new(Pairing::HalfSplit, 4, vec![1.0]).is_err());
+        assert!(Rope::new(Pairing::HalfSplit, 2, vec![f64::NAN]).is_err());
+    }
+}

@@ -1,0 +1,87 @@
+//! Coding blocks of tokens as a cache holds them: token-major, in the model's number format, rotated.
+
+use crate::basis::StreamTables;
+use crate::element::Element;
+use crate::error::{CodecError, Result};
+use crate::kernels::{self, Isa, Scratch};
+use crate::rope::Rotation;
+
+/// `block_len` consecutive tokens of one head: token t, component j is `data[t * token_stride + j]`.
+#[derive(Debug, Clone, Copy)]
+pub struct Tokens<'a, E> {
+    /// From the first token's first component on.
+    pub data: &'a [E],
+    /// Elements from one token to the next.
+    pub token_stride: usize,
+}
+
+impl StreamTables {
+    /// Encodes one block.
+    ///
+    /// `turn_back` is R(−c) for a block centred at position c (rotated keys), `None` otherwise. `packed` must have
+    /// [`StreamTables::block_bytes`] bytes. Inputs must be finite and below [`crate::gain::MAX_MAGNITUDE`]: the cache
+    /// checks them where they enter.
+    ///
+    /// # Errors
+    /// Buffers of another length than the shapes ask for.
+    pub fn encode_block<E: Element>(
+        &self,
+        isa: Isa,
+        tokens: Tokens<'_, E>,
+        turn_back: Option<&Rotation>,
+        packed: &mut [u8],
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let (d, n) = (self.head_dim, self.block_len);
+        check_len("the tokens of a block", tokens.data.len(), tokens.token_stride.max(d) * (n - 1) + d)?;
+        check_len("the packed block", packed.len(), self.block_bytes())?;
+        scratch.fit(self);
+        for t in 0..n {
+            let token = &tokens.data[t * tokens.token_stride..t * tokens.token_stride + d];
+            for (j, value) in token.iter().enumerate() {
+                scratch.x[j * n + t] = value.to_f32();
+            }
+        }
+        if let Some(rotation) = turn_back {
+            rotation.apply_component_major(&mut scratch.x, n);
+        }
+        kernels::encode(isa, self, scratch, packed);
+        Ok(())
+    }
+
+    /// Decodes one block into token-major `out`, `[block_len, head_dim]`.
+    ///
+    /// `turn_forward` is R(c) where the block was encoded with R(−c).
+    ///
+    /// # Errors
+    /// Buffers of another length than the shapes ask for.
+    pub fn decode_block<E: Element>(
+        &self,
+        isa: Isa,
+        packed: &[u8],
+        turn_forward: Option<&Rotation>,
+        out: &mut [E],
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let (d, n) = (self.head_dim, self.block_len);
+        check_len("the packed block", packed.len(), self.block_bytes())?;
+        check_len("the decoded block", out.len(), d * n)?;
+        scratch.fit(self);
+        kernels::decode(isa, self, packed, scratch);
+        if let Some(rotation) = turn_forward {
+            rotation.apply_component_major(&mut scratch.x, n);
+        }
+        for (t, token) in out.chunks_exact_mut(d).enumerate() {
+            for (j, value) in token.iter_mut().enumerate() {
+                *value = E::from_f32(scratch.x[j * n + t]);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check_len(what: &'static str, given: usize, expected: usize) -> Result<()> {
+    // Token slices may run on past the block (a view into a longer tensor); buffers that are written may not.
+    let fits = if what == "the tokens of a block" { given >= expected } else { given == expected };
+    if fits { Ok(()) } else { Err(CodecError::Length { what, given, expected }) }
+}

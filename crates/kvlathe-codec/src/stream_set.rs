@@ -1,0 +1,89 @@
+//! All KV heads of one layer's K or V: the unit that a cache layer stores in one block.
+
+use std::sync::Arc;
+
+use crate::basis::{Basis, StreamTables};
+use crate::error::{CodecError, Result};
+use crate::rope::{Rope, Rotation};
+
+/// The streams of one side (keys or values) of a layer.
+#[derive(Debug, Clone)]
+pub struct StreamSet {
+    streams: Vec<StreamTables>,
+    rope: Option<Arc<Rope>>,
+    /// Where each head's packed block begins; one more entry for the end.
+    offsets: Vec<usize>,
+}
+
+impl StreamSet {
+    /// One basis a KV head; `rope` is the rotation of the keys, `None` for values and unrotated keys.
+    ///
+    /// # Errors
+    /// No heads, heads of different head_dim, or what [`StreamTables::new`] refuses.
+    pub fn new(bases: &[Basis], rope: Option<Arc<Rope>>, block_len: usize) -> Result<Self> {
+        let Some(first) = bases.first() else {
+            return Err(CodecError::Range { what: "the number of KV heads", given: 0, expected: "at least 1" });
+        };
+        for basis in bases {
+            if basis.mean.len() != first.mean.len() {
+                return Err(CodecError::Length {
+                    what: "the mean of a KV head",
+                    given: basis.mean.len(),
+                    expected: first.mean.len(),
+                });
+            }
+        }
+        let streams = bases
+            .iter()
+            .map(|basis| StreamTables::new(basis, rope.as_deref(), block_len))
+            .collect::<Result<Vec<_>>>()?;
+        let mut offsets = vec![0];
+        for stream in &streams {
+            offsets.push(offsets[offsets.len() - 1] + stream.block_bytes());
+        }
+        Ok(Self { streams, rope, offsets })
+    }
+
+    /// One per KV head.
+    #[must_use]
+    pub fn streams(&self) -> &[StreamTables] {
+        &self.streams
+    }
+
+    /// Tokens in a block.
+    #[must_use]
+    pub fn block_len(&self) -> usize {
+        self.streams[0].block_len()
+    }
+
+    /// Components of a vector.
+    #[must_use]
+    pub fn head_dim(&self) -> usize {
+        self.streams[0].head_dim()
+    }
+
+    /// Bytes of one block of all heads.
+    #[must_use]
+    pub fn block_bytes(&self) -> usize {
+        self.offsets[self.streams.len()]
+    }
+
+    /// Bytes of one head within a block of all heads.
+    #[must_use]
+    pub fn head_range(&self, head: usize) -> std::ops::Range<usize> {
+        self.offsets[head]..self.offsets[head + 1]
+    }
+
+    /// Mean bits a value, side information included.
+    #[must_use]
+    pub fn bits_per_value(&self) -> f64 {
+        self.block_bytes() as f64 * 8.0 / (self.streams.len() * self.head_dim() * self.block_len()) as f64
+    }
+
+    /// R(−c) and R(c) for the block whose first token has position `first_position`; `None` when nothing is rotated.
+    #[must_use]
+    pub fn frame(&self, first_position: usize) -> Option<(Rotation, Rotation)> {
+        let centre = (first_position + self.block_len() / 2) as i64;
+        self.rope.as_ref().map(|rope| (rope.rotation(-centre), rope.rotation(centre)))
+    }
+}

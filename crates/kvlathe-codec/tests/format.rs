@@ -1,0 +1,156 @@
+//! The format: kernels against the reference, bounds of the quantiser, packing.
+
+use kvlathe_codec::gain::{GUARD_SCALES, unpack_side};
+use kvlathe_codec::{
+    Basis, BLOCK_LENS, Pairing, Rope, Scratch, StreamTables, Tokens, WIDTHS, Width, available_isas, pack_row, reference,
+    row_bytes, unpack_row,
+};
+use proptest::prelude::*;
+
+/// Deterministic noise in (−1, 1): splitmix64.
+fn noise(seed: u64, n: usize) -> Vec<f32> {
+    let mut state = seed;
+    (0..n)
+        .map(|_| {
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = state;
+            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            ((z ^ (z >> 31)) >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+fn basis(seed: u64, d: usize, widths: impl Fn(usize) -> Width) -> Basis {
+    let mut synthesis = noise(seed, d * d);
+    (0..d).for_each(|i| synthesis[i * d + i] += 3.0);
+    Basis {
+        mean: noise(seed + 1, d),
+        synthesis,
+        importance: (0..d).map(|i| 1.0 / (1.0 + i as f32)).collect(),
+        widths: (0..d).map(widths).collect(),
+    }
+}
+
+fn mixed(i: usize) -> Width {
+    WIDTHS[(i * 7 + 3) % 4]
+}
+
+/// The component-major frame vectors that `encode_block` hands to its kernel.
+fn frame_vectors(x: &[f32], d: usize, n: usize, rope: Option<&Rope>, centre: i64) -> Vec<f32> {
+    let mut frame = vec![0.0; d * n];
+    for t in 0..n {
+        let mut token = x[t * d..(t + 1) * d].to_vec();
+        if let Some(rope) = rope {
+            rope.rotation(-centre).apply(&mut token);
+        }
+        (0..d).for_each(|j| frame[j * n + t] = token[j]);
+    }
+    frame
+}
+
+#[test]
+fn every_isa_gives_the_bytes_and_values_of_the_reference() {
+    for (d, n) in [(64, 32), (80, 16), (128, 64), (96, 8), (5, 32)] {
+        let rope = (d % 2 == 0).then(|| {
+            Rope::new(Pairing::HalfSplit, d / 2, (0..d / 4).map(|i| 0.5f64.powi(i as i32)).collect()).unwrap()
+        });
+        let tables = StreamTables::new(&basis(9, d, mixed), rope.as_ref(), n).unwrap();
+        let mut x = noise(77, d * n);
+        x.iter_mut().enumerate().for_each(|(i, v)| *v *= (1.0 + (i / d) as f32).powi(2));
+        x[3 * d..4 * d].fill(0.0);
+        x[4 * d] = 5e4;
+        let centre = 1000 + (n / 2) as i64;
+        let frame = frame_vectors(&x, d, n, rope.as_ref(), centre);
+        let expected = reference::encode(&tables, &frame);
+        let expected_values = reference::decode(&tables, &expected);
+        let (back, forth) = match &rope {
+            Some(r) => (Some(r.rotation(-centre)), Some(r.rotation(centre))),
+            None => (None, None),
+        };
+        for isa in available_isas() {
+            let (mut packed, mut scratch) = (vec![0; tables.block_bytes()], Scratch::default());
+            let tokens = Tokens { data: &x, token_stride: d };
+            tables.encode_block(isa, tokens, back.as_ref(), &mut packed, &mut scratch).unwrap();
+            assert_eq!(packed, expected, "{} d={d} n={n}", isa.name());
+            let mut out = vec![0.0f32; d * n];
+            tables.decode_block(isa, &packed, None, &mut out, &mut scratch).unwrap();
+            for t in 0..n {
+                for j in 0..d {
+                    assert_eq!(out[t * d + j].to_bits(), expected_values[j * n + t].to_bits(), "{}", isa.name());
+                }
+            }
+            // With the frame turned forward again, the decoded keys are near the originals.
+            tables.decode_block(isa, &packed, forth.as_ref(), &mut out, &mut scratch).unwrap();
+            assert!(out.iter().all(|v| v.is_finite()));
+        }
+    }
+}
+
+#[test]
+fn zero_tokens_decode_to_zero() {
+    let tables = StreamTables::new(&basis(1, 32, |_| Width::W4), None, 8).unwrap();
+    let packed = reference::encode(&tables, &vec![0.0; 32 * 8]);
+    assert!(reference::decode(&tables, &packed).iter().all(|&v| v == 0.0));
+}
+
+#[test]
+fn dropping_every_coefficient_leaves_gain_times_mean() {
+    let basis = basis(2, 16, |_| Width::W0);
+    let tables = StreamTables::new(&basis, None, 8).unwrap();
+    let x = noise(3, 16 * 8);
+    let decoded = reference::decode(&tables, &reference::encode(&tables, &x));
+    for t in 0..8 {
+        let gain = ((0..16).map(|j| f64::from(x[j * 8 + t]).powi(2)).sum::<f64>() / 16.0).sqrt();
+        for j in 0..16 {
+            let expected = gain * f64::from(basis.mean[j]);
+            assert!((f64::from(decoded[j * 8 + t]) - expected).abs() <= 0.012 * expected.abs() + 1e-7);
+        }
+    }
+    assert_eq!(tables.block_bytes(), 8 * 2, "only side information is stored");
+}
+
+proptest! {
+    #[test]
+    fn packing_round_trips(seed: u64, block in 0usize..BLOCK_LENS.len()) {
+        let n = BLOCK_LENS[block];
+        for width in [Width::W2, Width::W4, Width::W8] {
+            let codes: Vec<u8> = noise(seed, n).iter().map(|v| (v.to_bits() >> 3) as u8 & ((1u16 << width.bits()) - 1) as u8).collect();
+            let mut row = vec![0; row_bytes(width, n)];
+            pack_row(width, &codes, &mut row);
+            let mut unpacked = vec![0; n];
+            unpack_row(width, &row, &mut unpacked);
+            prop_assert_eq!(&unpacked, &codes);
+        }
+    }
+
+    /// With all coefficients stored at eight bits, each is off by at most half its scaled step (no clipping), so
+    /// |V⁻¹(x̂ − x)/γ̂| ≤ Δ·s/2 in every coefficient.
+    #[test]
+    fn eight_bits_stay_within_half_a_step(seed: u64, spread in 0.0f32..6.0, outlier in 0usize..64, size in 0i32..20) {
+        let (d, n) = (16, 8);
+        let basis = Basis {
+            mean: vec![0.0; d],
+            synthesis: (0..d * d).map(|i| if i % (d + 1) == 0 { 1.0 } else { 0.0 }).collect(),
+            importance: vec![1.0; d],
+            widths: vec![Width::W8; d],
+        };
+        let tables = StreamTables::new(&basis, None, n).unwrap();
+        let mut x = noise(seed, d * n);
+        for v in &mut x { *v *= (spread * *v).exp() * 2f32.powi(size); }
+        x[outlier] *= 1000.0;
+        let packed = reference::encode(&tables, &x);
+        let decoded = reference::decode(&tables, &packed);
+        for t in 0..n {
+            let (gain, scale) = unpack_side(u16::from_le_bytes([packed[2 * t], packed[2 * t + 1]]));
+            // √d·1.012 bounds a shape's component, so the guard never has to reach its last factor.
+            prop_assert!(scale < GUARD_SCALES[15]);
+            for j in 0..d {
+                let error = (decoded[j * n + t] - x[j * n + t]).abs();
+                // The encoder may prefer to clip when that costs less in sum: then the summed bound still holds.
+                let bound = gain * Width::W8.step() * scale * 0.5 * (d as f32).sqrt() * GUARD_SCALES[15].min(2.0);
+                prop_assert!(error <= bound * 1.001 + 1e-30, "token {} error {} bound {}", t, error, bound);
+            }
+        }
+    }
+}
