@@ -1,6 +1,7 @@
 //! The portable text of the kernels. Loops over tokens are innermost and free of branches, for the vectoriser.
 
 use super::Scratch;
+use super::multiply::Multiply;
 use crate::basis::StreamTables;
 use crate::block::{SIDE_BYTES_PER_TOKEN, pack_row, row_bytes, unpack_row};
 use crate::gain::{GUARD_SCALES, gain, gain_code, pack_side, unpack_side};
@@ -15,72 +16,12 @@ fn load(values: &[f32], at: usize) -> Lanes {
     values[at..at + LANES].try_into().expect("a slice of LANES values")
 }
 
-/// out[m, n] = a[m, k] · x[k, n], row-major, tiles of `ROWS` rows by `COLUMNS` vectors of tokens.
-#[inline(always)]
-fn multiply_tile<const ROWS: usize, const COLUMNS: usize>(
-    a: &[f32],
-    x: &[f32],
-    out: &mut [f32],
-    (row, column): (usize, usize),
-    (k, n): (usize, usize),
-) {
-    let mut sums = [[[0.0f32; LANES]; COLUMNS]; ROWS];
-    let rows: [&[f32]; ROWS] = std::array::from_fn(|r| &a[(row + r) * k..(row + r + 1) * k]);
-    for j in 0..k {
-        let x_row: [Lanes; COLUMNS] = std::array::from_fn(|c| load(x, j * n + column + c * LANES));
-        for r in 0..ROWS {
-            let factor = rows[r][j];
-            for c in 0..COLUMNS {
-                for l in 0..LANES {
-                    sums[r][c][l] = factor.mul_add(x_row[c][l], sums[r][c][l]);
-                }
-            }
-        }
-    }
-    for r in 0..ROWS {
-        for c in 0..COLUMNS {
-            let at = (row + r) * n + column + c * LANES;
-            out[at..at + LANES].copy_from_slice(&sums[r][c]);
-        }
-    }
-}
-
-/// out[m, n] = a[m, k] · x[k, n]; n is a multiple of [`LANES`].
-#[inline(always)]
-fn multiply(a: &[f32], x: &[f32], out: &mut [f32], k: usize, n: usize) {
-    let m = out.len() / n;
-    let mut column = 0;
-    while column < n {
-        let mut row = 0;
-        if n - column >= 4 * LANES {
-            while row + 2 <= m {
-                multiply_tile::<2, 4>(a, x, out, (row, column), (k, n));
-                row += 2;
-            }
-            if row < m {
-                multiply_tile::<1, 4>(a, x, out, (row, column), (k, n));
-            }
-            column += 4 * LANES;
-        } else {
-            while row + 4 <= m {
-                multiply_tile::<4, 1>(a, x, out, (row, column), (k, n));
-                row += 4;
-            }
-            while row < m {
-                multiply_tile::<1, 1>(a, x, out, (row, column), (k, n));
-                row += 1;
-            }
-            column += LANES;
-        }
-    }
-}
-
 /// As [`crate::reference::encode`], from and into the buffers of `scratch`.
 #[inline(always)]
-pub(super) fn encode(tables: &StreamTables, scratch: &mut Scratch, packed: &mut [u8]) {
+pub(super) fn encode<M: Multiply>(tables: &StreamTables, scratch: &mut Scratch, packed: &mut [u8]) {
     let (d, n) = (tables.head_dim, tables.block_len);
     let Scratch { x, z, codes } = scratch;
-    multiply(&tables.analysis, x, z, d, n);
+    M::multiply(&tables.analysis, x, z, (d, n));
     for t in (0..n).step_by(LANES) {
         let mut norms = [0.0f32; LANES];
         for j in 0..d {
@@ -165,7 +106,7 @@ fn normalise_and_guard(tables: &StreamTables, z: &mut [f32], t: usize, inverse_g
 
 /// As [`crate::reference::decode`], into `scratch.x`.
 #[inline(always)]
-pub(super) fn decode(tables: &StreamTables, packed: &[u8], scratch: &mut Scratch) {
+pub(super) fn decode<M: Multiply>(tables: &StreamTables, packed: &[u8], scratch: &mut Scratch) {
     let n = tables.block_len;
     let Scratch { x, z, codes } = scratch;
     let (side, mut rows) = packed.split_at(n * SIDE_BYTES_PER_TOKEN);
@@ -178,7 +119,7 @@ pub(super) fn decode(tables: &StreamTables, packed: &[u8], scratch: &mut Scratch
             *level = f32::from(*code) + offset;
         }
     }
-    multiply(&tables.synthesis, z, x, tables.n_coded(), n);
+    M::multiply(&tables.synthesis, z, x, (tables.n_coded(), n));
     for t in (0..n).step_by(LANES) {
         let mut gains = [0.0f32; LANES];
         let mut scales = [0.0f32; LANES];

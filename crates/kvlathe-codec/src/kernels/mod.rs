@@ -5,6 +5,9 @@
 
 mod body;
 mod isa;
+mod multiply;
+#[cfg(target_arch = "x86_64")]
+mod multiply_x86;
 
 pub use isa::{Isa, available_isas, best_isa};
 
@@ -32,18 +35,18 @@ impl Scratch {
 
 /// Defines the public entry of a kernel: a `match` over instruction sets and one compiled copy of the body for each.
 macro_rules! for_each_isa {
-    ($(#[$doc:meta])* $name:ident, $body:path, ($($arg:ident: $ty:ty),*)) => {
+    ($(#[$doc:meta])* $name:ident, $body:ident, ($($arg:ident: $ty:ty),*)) => {
         $(#[$doc])*
         pub(crate) fn $name(isa: Isa, $($arg: $ty),*) {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx2,fma")]
                 fn avx2($($arg: $ty),*) {
-                    $body($($arg),*);
+                    body::$body::<multiply_x86::Avx2>($($arg),*);
                 }
                 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
                 fn avx512($($arg: $ty),*) {
-                    $body($($arg),*);
+                    body::$body::<multiply_x86::Avx512>($($arg),*);
                 }
                 match isa {
                     // SAFETY: an `Isa` other than `Portable` is only made after the CPU reported its features.
@@ -54,16 +57,16 @@ macro_rules! for_each_isa {
                 }
             }
             let _ = isa;
-            $body($($arg),*);
+            body::$body::<multiply::Portable>($($arg),*);
         }
     };
 }
 
 for_each_isa!(
     /// Encodes the frame vectors in `scratch.x` into `packed`.
-    encode, body::encode, (tables: &StreamTables, scratch: &mut Scratch, packed: &mut [u8])
+    encode, encode, (tables: &StreamTables, scratch: &mut Scratch, packed: &mut [u8])
 );
 for_each_isa!(
     /// Decodes `packed` to frame vectors in `scratch.x`.
-    decode, body::decode, (tables: &StreamTables, packed: &[u8], scratch: &mut Scratch)
+    decode, decode, (tables: &StreamTables, packed: &[u8], scratch: &mut Scratch)
 );

@@ -1,0 +1,43 @@
+"""The exceptions of kvlathe: one base class, and one class per kind of cause."""
+
+from __future__ import annotations
+
+
+class KvlatheError(Exception):
+    """Base class of every error that kvlathe raises on purpose."""
+
+
+class PresetError(KvlatheError, ValueError):
+    """A preset file is malformed, or belongs to another model."""
+
+
+class ShapeError(KvlatheError, ValueError):
+    """A tensor has the wrong number of dimensions or the wrong size."""
+
+
+class DtypeError(KvlatheError, TypeError):
+    """A tensor has a dtype that cannot be used here."""
+
+
+class DeviceError(KvlatheError, RuntimeError):
+    """Tensors lie on different devices, or on a device that is not supported."""
+
+
+class NonFiniteError(KvlatheError, ValueError):
+    """A tensor holds NaN or infinity."""
+
+
+class CalibrationError(KvlatheError, RuntimeError):
+    """Calibration cannot give a usable result."""
+
+
+class BudgetError(KvlatheError, RuntimeError):
+    """No setting meets the quality or size budget that was asked for."""
+
+
+class ModelError(KvlatheError, ValueError):
+    """A model cannot be loaded, or is of a kind that is not supported."""
+
+
+class CorpusError(KvlatheError, ValueError):
+    """The text to calibrate on is missing or too short."""

