@@ -1,7 +1,7 @@
 """Text to calibrate on and text to judge on, never the same document on both sides.
 
-The default corpus is what every CPython carries: the language reference in ``pydoc_data.topics`` and docstrings as
-prose, and the standard library's files as source code, about half and half.
+The default corpus is what every CPython carries: the language reference in ``pydoc_data.topics`` and
+docstrings as prose, and the standard library's files as source code, about half and half.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ import torch
 
 from .errors import CorpusError
 
-_SKIPPED_FOLDERS = {
-    "test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "dist-packages", "pydoc_data", "turtledemo",
-    "ensurepip", "__pycache__", "__phello__", "lib-dynload", "config", "msilib",
-}  # fmt: skip
-_TEXT_SUFFIXES = {
-    ".txt", ".md", ".markdown", ".rst", ".tex", ".html", ".csv", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".py", ".pyi",
-    ".rs", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".go", ".java", ".kt", ".js", ".ts", ".tsx", ".rb", ".php", ".cs",
-    ".swift", ".scala", ".sh", ".sql", ".lua", ".r", ".jl", ".hs", ".ml", ".pl",
-}  # fmt: skip
+_SKIPPED_FOLDERS = frozenset(
+    "test tests idlelib lib2to3 encodings site-packages dist-packages pydoc_data turtledemo ensurepip "
+    "__pycache__ __phello__ lib-dynload msilib".split()
+)
+_TEXT_SUFFIXES = frozenset(
+    ".txt .md .markdown .rst .tex .html .csv .json .jsonl .yaml .yml .toml .py .pyi .rs .c .h .cc .cpp .hpp .cu "
+    ".go .java .kt .js .ts .tsx .rb .php .cs .swift .scala .sh .sql .lua .r .jl .hs .ml .pl".split()
+)
 _HEADING = re.compile(r"(?m)^ ?(?:= [^=\n].* = ?|#{1,2} \S.*)$")
 _MIN_SECTION = 2000
 _MIN_DOCUMENT = 200
@@ -80,7 +79,9 @@ class Corpus:
         _check_fraction(calibration_fraction)
         unique = list({document.text: document for document in documents}.values())
         if len(unique) < 2:
-            raise CorpusError(f"a split needs at least 2 different documents, corpus {name!r} has {len(unique)}")
+            raise CorpusError(
+                f"a split needs at least 2 different documents, corpus {name!r} has {len(unique)}"
+            )
         if len({document.name for document in unique}) < len(unique):
             raise CorpusError(f"corpus {name!r} has two documents of the same name")
         ranked = sorted(unique, key=lambda document: _rank(document.name, seed))
@@ -118,7 +119,9 @@ def _library_files(root: Path) -> list[str]:
     """The standard library's Python files, relative to its folder, sorted."""
     found: list[str] = []
     for folder, subfolders, files in os.walk(root):
-        subfolders[:] = sorted(s for s in subfolders if s not in _SKIPPED_FOLDERS and not s.startswith(("config-", ".")))
+        subfolders[:] = sorted(
+            s for s in subfolders if s not in _SKIPPED_FOLDERS and not s.startswith(("config-", "."))
+        )
         found += [(Path(folder) / f).relative_to(root).as_posix() for f in files if f.endswith(".py")]
     return sorted(found)
 
@@ -143,43 +146,44 @@ def _read(path: Path) -> str | None:
         return None
 
 
-def default_corpus(*, seed: int = 0, calibration_fraction: float = 0.5, characters: int = 2_000_000) -> Corpus:
+def default_corpus(
+    *, seed: int = 0, calibration_fraction: float = 0.5, characters: int = 1_600_000
+) -> Corpus:
     """The running CPython's reference prose and standard library, half and half.
 
     Args:
-        characters: about how much text in all; half is prose, topics first, then docstrings of modules that do not
-            appear as source.
+        characters: about how much text in all; half is prose, topics first, then docstrings of modules that
+            do not appear as source.
 
     Raises:
         CorpusError: this Python was installed without topics and library sources.
     """
-    budget = characters // 2
-    documents: list[Document] = []
-    prose = source = 0
-    for document in _topics():
-        documents.append(document)
-        prose += len(document.text)
+    documents = _topics()
+    prose = sum(len(document.text) for document in documents)
+    source = 0
+    half = max(characters // 2, prose)
     root = Path(sysconfig.get_paths()["stdlib"])
     for name in sorted(_library_files(root), key=lambda file: _rank(file, seed)):
-        budget_prose = max(budget, source)
-        if prose >= budget_prose and source >= max(budget, prose):
+        if prose >= half and source >= half:
             break
         text = _read(root / name)
         if text is None or len(text) < _MIN_SECTION:
             continue
-        if source < max(budget, prose):
+        if source < half:
             documents.append(Document(f"stdlib/{name}", text, "source"))
             source += len(text)
         elif len(text := _docstrings(text)) >= _MIN_DOCUMENT:
             documents.append(Document(f"docstrings/{name}", text, "prose"))
             prose += len(text)
     if len(documents) < 2:
-        raise CorpusError(f"this Python carries no documentation topics and no library sources (looked in {root})")
+        raise CorpusError(
+            f"this Python carries no documentation topics and no library sources (looked in {root})"
+        )
     return Corpus.from_documents("cpython", documents, seed=seed, calibration_fraction=calibration_fraction)
 
 
 def _sections(name: str, text: str) -> list[Document]:
-    """Cut a text at headings, or at blank lines where it has none, into sections of at least 2,000 characters."""
+    """Cut a text at headings, or at blank lines if it has none, into sections of 2,000 characters or more."""
     starts = [match.start() for match in _HEADING.finditer(text)]
     if len(starts) < 2:
         starts = [match.end() for match in re.finditer(r"\n[ \t]*\n+", text)]
@@ -218,9 +222,9 @@ def corpus_from_files(
 ) -> Corpus:
     """A corpus of plain text, Markdown or source files, or of all such files in folders.
 
-    Several files are split by file. A single file is cut into sections, at headings (``= Title =``, ``# Title``) or
-    blank lines, and its first ``calibration_fraction`` calibrates: neighbouring sections are about the same thing, so
-    a split at random would not be one by document.
+    Several files are split by file. A single file is cut into sections, at headings (``= Title =``, ``#
+    Title``) or blank lines, and its first ``calibration_fraction`` calibrates: neighbouring sections are
+    about the same thing, so a split at random would not be one by document.
 
     Raises:
         CorpusError: a path that does not exist, no readable text, or a single file too short to split.
@@ -237,7 +241,9 @@ def corpus_from_files(
     name, text = texts[0]
     sections = _sections(name, text)
     if len(sections) < 2:
-        raise CorpusError(f"{name} has {len(text)} characters, at least {2 * _MIN_SECTION} are needed to split it")
+        raise CorpusError(
+            f"{name} has {len(text)} characters, at least {2 * _MIN_SECTION} are needed to split it"
+        )
     middles, done = [], 0
     for section in sections:
         middles.append(done + len(section.text) / 2)
@@ -292,10 +298,11 @@ def windows(
 ) -> list[torch.Tensor]:
     """Full windows of tokens for the model.
 
-    With a seed, documents come in an order that depends on it, each gives at most one window of its own per round, so
-    that one long document does not fill the sample, and the rests of documents are packed together, a blank line
-    between two. Without (None), all documents are packed one after another in the given order, as running text.
-    Windows begin with BOS if the tokenizer begins a text with it; no BOS stands inside a window.
+    With a seed, documents come in an order that depends on it, each gives at most one window of its own per
+    round, so that one long document does not fill the sample, and the rests of documents are packed together,
+    a blank line between two. Without (None), all documents are packed one after another in the given order,
+    as running text. Windows begin with BOS if the tokenizer begins a text with it; no BOS stands inside a
+    window.
 
     Returns:
         ``n_windows`` LongTensors [window] on the CPU.
@@ -325,6 +332,6 @@ def windows(
         if len(found) >= n_windows:
             return [torch.tensor(bos + ids, dtype=torch.long) for ids in found[:n_windows]]
     raise CorpusError(
-        f"too little text: {len(documents)} documents give {n_tokens} tokens, that is {len(found)} full windows of "
-        f"{window}; {n_windows} windows need {n_windows * window} tokens"
+        f"too little text: {len(documents)} documents give {n_tokens} tokens, that is {len(found)} full windows "
+        f"of {window}; {n_windows} windows need {n_windows * window} tokens"
     )

@@ -1,10 +1,10 @@
 """Second-order information about a model: which errors in K and V its predictions notice.
 
-The metric of choice is the Fisher information of K and V, estimated from gradients of the log-likelihood of next
-tokens *sampled from the model itself* (with the text's own tokens it would be the "empirical Fisher", which measures
-how the model fails on that text). The expected squared gradient gives the Kullback-Leibler divergence that a small
-error causes, to second order. Where no gradient can be had, attention's own quadratic forms stand in: E[q qT] for
-keys, the output projection for values.
+The metric of choice is the Fisher information of K and V, estimated from gradients of the log-likelihood of
+next tokens *sampled from the model itself* (with the text's own tokens it would be the "empirical Fisher",
+which measures how the model fails on that text). The expected squared gradient gives the Kullback-Leibler
+divergence that a small error causes, to second order. Where no gradient can be had, attention's own quadratic
+forms stand in: E[q qT] for keys, the output projection for values.
 """
 
 from __future__ import annotations
@@ -81,9 +81,11 @@ def _sampled_gradient(logits: Tensor, generator: torch.Generator) -> tuple[Tenso
         logits: [N, V].
 
     Returns:
-        d(sum of -log p(sampled)) / d logits = p - onehot(sampled), [N, V] in the logits' dtype, and the loss in nats.
+        d(sum of -log p(sampled)) / d logits = p - onehot(sampled), [N, V] in the logits' dtype, and the loss
+        in nats.
 
-    The gradient is written down rather than left to autograd, which would keep several more [N, V] tensors alive.
+    The gradient is written down rather than left to autograd, which would keep several more [N, V] tensors
+    alive.
     """
     gradient = torch.empty_like(logits)
     nll = 0.0
@@ -123,9 +125,9 @@ def fisher_pass(
 ) -> FisherStats:
     """One window: hand ``plan.on_backward`` the gradients of sampled next tokens' log-likelihood.
 
-    The loss is the *sum* over positions of -log p(sampled token), so gradients do not shrink with the window. A token
-    is sampled at every position, the last included. Each further sample costs one more backward pass and calls
-    ``on_backward`` once more per layer.
+    The loss is the *sum* over positions of -log p(sampled token), so gradients do not shrink with the window.
+    A token is sampled at every position, the last included. Each further sample costs one more backward pass
+    and calls ``on_backward`` once more per layer.
 
     Args:
         input_ids: [B, T] without padding.
@@ -181,8 +183,8 @@ def output_projection_metric(model: PreTrainedModel, layer_idx: int) -> Tensor:
     """How strongly errors in each KV head's values reach the residual stream.
 
     Returns:
-        [n_kv_heads, D, D] float64 on the CPU: the sum over the query heads h of a KV head's group of W_hT W_h, W_h
-        [hidden, D] being the columns of the output projection that head h feeds.
+        [n_kv_heads, D, D] float64 on the CPU: the sum over the query heads h of a KV head's group of W_hT
+        W_h, W_h [hidden, D] being the columns of the output projection that head h feeds.
 
     Raises:
         ModelError: no such layer, or no output projection with ordinary weights was found.
@@ -193,7 +195,9 @@ def output_projection_metric(model: PreTrainedModel, layer_idx: int) -> Tensor:
     projection = next((p for name in _OUTPUT_NAMES if (p := getattr(module, name, None)) is not None), None)
     weight = getattr(projection, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-        raise ModelError(f"{type(module).__name__}: no output projection with unquantised weights among its parts")
+        raise ModelError(
+            f"{type(module).__name__}: no output projection with unquantised weights among its parts"
+        )
     weight = weight.detach().to("cpu", torch.float64)
     if isinstance(projection, Conv1D):
         weight = weight.T  # GPT-2 stores [in, out]
@@ -202,8 +206,8 @@ def output_projection_metric(model: PreTrainedModel, layer_idx: int) -> Tensor:
     n_kv_heads = int(getattr(config, "num_key_value_heads", None) or n_heads)
     if weight.shape[1] % n_heads or n_heads % n_kv_heads:
         raise ModelError(
-            f"{type(module).__name__}: an output projection of {weight.shape[1]} inputs does not split into {n_heads} "
-            f"query and {n_kv_heads} KV heads"
+            f"{type(module).__name__}: an output projection of {weight.shape[1]} inputs does not split into "
+            f"{n_heads} query and {n_kv_heads} KV heads"
         )
     by_head = weight.unflatten(1, (n_kv_heads, n_heads // n_kv_heads, -1))
     return torch.einsum("okgd,okge->kde", by_head, by_head)

