@@ -27,8 +27,8 @@ _SKIPPED_FOLDERS = frozenset(
     "__pycache__ __phello__ lib-dynload msilib".split()
 )
 _TEXT_SUFFIXES = frozenset(
-    ".txt .md .markdown .rst .tex .html .csv .json .jsonl .yaml .yml .toml .py .pyi .rs .c .h .cc .cpp .hpp .cu "
-    ".go .java .kt .js .ts .tsx .rb .php .cs .swift .scala .sh .sql .lua .r .jl .hs .ml .pl".split()
+    ".txt .md .markdown .rst .tex .html .csv .json .jsonl .yaml .yml .toml .py .pyi .rs .c .h .cc .cpp .hpp "
+    ".cu .go .java .kt .js .ts .tsx .rb .php .cs .swift .scala .sh .sql .lua .r .jl .hs .ml .pl".split()
 )
 _HEADING = re.compile(r"(?m)^ ?(?:= [^=\n].* = ?|#{1,2} \S.*)$")
 _MIN_SECTION = 2000
@@ -332,6 +332,6 @@ def windows(
         if len(found) >= n_windows:
             return [torch.tensor(bos + ids, dtype=torch.long) for ids in found[:n_windows]]
     raise CorpusError(
-        f"too little text: {len(documents)} documents give {n_tokens} tokens, that is {len(found)} full windows "
-        f"of {window}; {n_windows} windows need {n_windows * window} tokens"
+        f"too little text: {len(documents)} documents give {n_tokens} tokens, that is {len(found)} full "
+        f"windows of {window}; {n_windows} windows need {n_windows * window} tokens"
     )

@@ -109,14 +109,15 @@ def check_supported(model: PreTrainedModel) -> None:
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "kv_lora_rank", None):
         raise ModelError(
-            f"{name} uses multi-head latent attention (kv_lora_rank={config.kv_lora_rank}): its cache holds one "
-            "latent vector per token, already compressed, and not keys and values per head"
+            f"{name} uses multi-head latent attention (kv_lora_rank={config.kv_lora_rank}): its cache holds "
+            "one latent vector per token, already compressed, and not keys and values per head"
         )
     odd = sorted(set(getattr(config, "layer_types", None) or []) - _STANDARD_LAYER_TYPES)
     if odd:
         raise ModelError(
-            f"{name} has layers of type {', '.join(odd)}; only full, sliding and chunked attention have a cache of "
-            "keys and values that can be coded (linear-attention and state-space layers keep a recurrent state)"
+            f"{name} has layers of type {', '.join(odd)}; only full, sliding and chunked attention have a "
+            "cache of keys and values that can be coded (linear-attention and state-space layers keep a "
+            "recurrent state)"
         )
     recurrent = {type(m).__name__ for m in model.modules() if _RECURRENT_CLASS.search(type(m).__name__)}
     if recurrent:
@@ -198,7 +199,7 @@ def convert_gguf(
     size = path.stat().st_size / 1e6
     progress(
         f"kvlathe: converting {path.name} ({size:.0f} MB) once to {folder} "
-        f"(about {8 * size:.0f} MB there; {max(10, 0.45 * size):.0f} s or so)"
+        f"(about {6.5 * size:.0f} MB there; {max(10, 0.4 * size):.0f} s or so)"
     )
     start = time.monotonic()
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=parent))

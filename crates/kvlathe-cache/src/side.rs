@@ -48,8 +48,11 @@ impl Coding {
         Ok(())
     }
 
-    /// Refuses what the codec could not store.
-    pub(crate) fn check_values<E: Element>(&self, view: &TensorView<'_, E>, side: &'static str) -> Result<()> {
+    /// Refuses what the codec could not store; `side` names the tensor in the message.
+    ///
+    /// # Errors
+    /// NaN, infinity or a magnitude above [`MAX_MAGNITUDE`]. Exact sides take anything.
+    pub fn check_values<E: Element>(&self, view: &TensorView<'_, E>, side: &'static str) -> Result<()> {
         if matches!(self, Self::Exact) {
             return Ok(());
         }

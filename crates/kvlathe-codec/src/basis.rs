@@ -114,6 +114,41 @@ impl StreamTables {
         self.block_len
     }
 
+    /// Widths of the stored coefficients, in the order of storage.
+    pub fn coded_widths(&self) -> impl Iterator<Item = Width> {
+        self.coded.iter().map(|c| c.width)
+    }
+
+    /// `[n_coded, head_dim]`: rows of V⁻¹, in steps.
+    #[must_use]
+    pub fn analysis(&self) -> &[f32] {
+        &self.analysis
+    }
+
+    /// `[head_dim, n_coded]`: columns of V, times the step.
+    #[must_use]
+    pub fn synthesis(&self) -> &[f32] {
+        &self.synthesis
+    }
+
+    /// `[n_coded, block_len]`: V⁻¹·R(δ)·μ, in steps.
+    #[must_use]
+    pub fn coded_mean(&self) -> &[f32] {
+        &self.coded_mean
+    }
+
+    /// `[head_dim, block_len]`: R(δ)·μ.
+    #[must_use]
+    pub fn shape_mean(&self) -> &[f32] {
+        &self.shape_mean
+    }
+
+    /// `[n_coded]`: cost of a squared error of one step.
+    #[must_use]
+    pub fn step_cost(&self) -> &[f32] {
+        &self.step_cost
+    }
+
     /// Coefficients that are stored, at most `head_dim`.
     #[must_use]
     pub fn n_coded(&self) -> usize {

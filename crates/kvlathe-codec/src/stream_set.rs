@@ -80,6 +80,12 @@ impl StreamSet {
         self.block_bytes() as f64 * 8.0 / (self.streams.len() * self.head_dim() * self.block_len()) as f64
     }
 
+    /// The rotation that the keys carry.
+    #[must_use]
+    pub fn rope(&self) -> Option<&Rope> {
+        self.rope.as_deref()
+    }
+
     /// R(−c) and R(c) for the block whose first token has position `first_position`; `None` when nothing is rotated.
     #[must_use]
     pub fn frame(&self, first_position: usize) -> Option<(Rotation, Rotation)> {

@@ -1,0 +1,95 @@
+//! Calibration → preset, and a preset at another rate.
+
+use kvlathe_calib::{LayerDesign, ModelShape, allocate};
+use kvlathe_codec::{Basis, Pairing, Rope, SIDE_BYTES_PER_TOKEN};
+use kvlathe_preset::{LayerPreset, Meta, Preset, RopeDescription, SharedBasis, SidePreset, StreamPreset};
+
+use crate::error::{Error, Result};
+
+/// Puts designed layers into a preset, rounded as its file stores it. Widths are those of the design (none yet).
+///
+/// `meta.lathe.rope` is filled in from the shape.
+///
+/// # Errors
+/// What [`Preset::validate`] refuses.
+pub fn preset_from_design(mut meta: Meta, shape: &ModelShape, designs: Vec<LayerDesign>) -> Result<Preset> {
+    let mut ropes: Vec<RopeDescription> = Vec::new();
+    let mut layers = Vec::with_capacity(designs.len());
+    for (design, rope) in designs.into_iter().zip(&shape.ropes) {
+        let rope = rope.as_deref().map(|rope| {
+            let described = describe(rope);
+            ropes.iter().position(|known| *known == described).unwrap_or_else(|| {
+                ropes.push(described);
+                ropes.len() - 1
+            })
+        });
+        layers.push(LayerPreset {
+            rope,
+            key: side(design.key, design.key_shared),
+            value: side(design.value, design.value_shared),
+        });
+    }
+    if let Some(lathe) = &mut meta.lathe {
+        lathe.rope = ropes;
+    }
+    let preset = Preset { meta, layers }.rounded();
+    preset.validate()?;
+    Ok(preset)
+}
+
+/// The same preset at another rate: the mean over all coefficients of the model, side information included, is at
+/// most `bits_per_value`. The transforms stay; only widths change, and what was measured at the old rate is dropped.
+///
+/// # Errors
+/// A seed preset, a rate below the side information or above 8 bits a coefficient.
+pub fn with_bits(preset: &Preset, bits_per_value: f64) -> Result<Preset> {
+    let Some(lathe) = preset.lathe() else {
+        return Err(Error::SeedPreset { model: preset.meta().model.clone(), operation: "another rate" });
+    };
+    let head_dim = preset.meta().head_dim;
+    let side_bits = (8 * SIDE_BYTES_PER_TOKEN) as f64 / head_dim as f64;
+    if bits_per_value.is_nan() || bits_per_value < side_bits {
+        return Err(Error::Rate { given: bits_per_value, least: side_bits });
+    }
+    let streams = |preset: &Preset| -> Vec<f32> {
+        let sides = preset.layers.iter().flat_map(|layer| [&layer.key, &layer.value]);
+        sides.flat_map(|side| &side.streams).flat_map(|stream| stream.importance.clone()).collect()
+    };
+    let allocation = allocate(&streams(preset), bits_per_value - side_bits)?;
+    let mut preset = preset.clone();
+    let mut widths = allocation.widths.iter().map(|width| width.bits() as u8);
+    for layer in &mut preset.layers {
+        for side in [&mut layer.key, &mut layer.value] {
+            for stream in &mut side.streams {
+                stream.widths = widths.by_ref().take(head_dim).collect();
+            }
+        }
+    }
+    let mut meta = lathe.clone();
+    meta.bits_per_value = allocation.mean_bits + side_bits;
+    meta.measured.clear();
+    preset.meta.lathe = Some(meta);
+    Ok(preset)
+}
+
+fn describe(rope: &Rope) -> RopeDescription {
+    let pairing = match rope.pairing() {
+        Pairing::HalfSplit => kvlathe_preset::Pairing::HalfSplit,
+        Pairing::Interleaved => kvlathe_preset::Pairing::Interleaved,
+    };
+    RopeDescription { pairing, rotary_dim: rope.rotary_dim(), inv_freq: rope.inv_freq().to_vec() }
+}
+
+fn side(bases: Vec<Basis>, (u, mean): (Vec<f32>, Vec<f32>)) -> SidePreset {
+    let rank = u.len() / mean.len();
+    let streams = bases
+        .into_iter()
+        .map(|basis| StreamPreset {
+            mean: basis.mean,
+            basis: basis.synthesis,
+            importance: basis.importance,
+            widths: basis.widths.iter().map(|width| width.bits() as u8).collect(),
+        })
+        .collect();
+    SidePreset { shared: Some(SharedBasis { rank, u, mean }), streams }
+}

@@ -1,0 +1,40 @@
+//! One error for the whole library.
+
+use thiserror::Error;
+
+/// What any part of kvlathe may refuse.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A preset file.
+    #[error(transparent)]
+    Preset(#[from] kvlathe_preset::PresetError),
+    /// The codec.
+    #[error(transparent)]
+    Codec(#[from] kvlathe_codec::CodecError),
+    /// Calibration.
+    #[error(transparent)]
+    Calib(#[from] kvlathe_calib::CalibError),
+    /// The cache.
+    #[error(transparent)]
+    Cache(#[from] kvlathe_cache::CacheError),
+    /// A preset of the seed's kind where one with streams is needed.
+    #[error("the preset of {model} has no calibrated streams (a seed-style file), so {operation} cannot be done; calibrate one with `kvlathe tune`")]
+    SeedPreset {
+        /// The preset's model.
+        model: String,
+        /// What was asked for.
+        operation: &'static str,
+    },
+    /// A rate below the side information.
+    #[error("{given:.3} bits a value cannot be reached, gain and guard alone take {least:.3} at this head_dim")]
+    Rate {
+        /// Asked for.
+        given: f64,
+        /// Side information a value.
+        least: f64,
+    },
+}
+
+/// The result of an operation of the facade.
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,40 @@
+//! Rust errors → the exception classes of `kvlathe.errors`.
+
+use kvlathe::Error;
+use kvlathe::cache::CacheError;
+use kvlathe::calib::CalibError;
+use kvlathe::codec::CodecError;
+use pyo3::prelude::*;
+use pyo3::types::PyType;
+
+/// An exception of the class `name` in `kvlathe.errors`.
+pub(crate) fn exception(name: &str, message: String) -> PyErr {
+    Python::attach(|py| {
+        let class = py.import("kvlathe.errors").and_then(|module| module.getattr(name));
+        match class.and_then(|class| Ok(class.cast_into::<PyType>()?)) {
+            Ok(class) => PyErr::from_type(class, message),
+            Err(error) => error,
+        }
+    })
+}
+
+/// The exception that tells a Python user of `error`.
+pub(crate) fn to_python(error: impl Into<Error>) -> PyErr {
+    let error = error.into();
+    let name = match &error {
+        Error::Preset(_) | Error::SeedPreset { .. } => "PresetError",
+        Error::Rate { .. } => "BudgetError",
+        Error::Codec(inner) | Error::Cache(CacheError::Codec(inner)) | Error::Calib(CalibError::Codec(inner)) => {
+            match inner {
+                CodecError::BadActivation { .. } | CodecError::NonFiniteParameter { .. } => "NonFiniteError",
+                CodecError::Range { .. } | CodecError::Length { .. } => "ShapeError",
+                _ => "PresetError",
+            }
+        }
+        Error::Cache(_) => "ShapeError",
+        Error::Calib(CalibError::NonFinite { .. }) => "NonFiniteError",
+        Error::Calib(CalibError::Length { .. } | CalibError::Index { .. }) => "ShapeError",
+        _ => "CalibrationError",
+    };
+    exception(name, error.to_string())
+}

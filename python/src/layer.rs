@@ -1,0 +1,168 @@
+//! One layer's cache as a Python object.
+
+use half::{bf16, f16};
+use kvlathe::cache::{Coding, LayerCache, Policy};
+use pyo3::prelude::*;
+
+use crate::codec::{LowRankCodec, StreamSetCodec, in_pool};
+use crate::error::{exception, to_python};
+use crate::tensor::{Dtype, RawTensor};
+
+/// A layer's cache in the model's number format.
+#[derive(Clone)]
+enum AnyLayer {
+    F32(LayerCache<f32>),
+    Bf16(LayerCache<bf16>),
+    F16(LayerCache<f16>),
+}
+
+/// Runs `$body` with `$layer` bound to the typed cache and `$element` to its element type.
+macro_rules! with_layer {
+    ($any:expr, $layer:ident, $element:ident => $body:expr) => {
+        match $any {
+            AnyLayer::F32($layer) => {
+                #[allow(dead_code, reason = "not every body names the type")]
+                type $element = f32;
+                $body
+            }
+            AnyLayer::Bf16($layer) => {
+                #[allow(dead_code, reason = "not every body names the type")]
+                type $element = bf16;
+                $body
+            }
+            AnyLayer::F16($layer) => {
+                #[allow(dead_code, reason = "not every body names the type")]
+                type $element = f16;
+                $body
+            }
+        }
+    };
+}
+
+/// Sinks, packed blocks and tail of one layer. Calls from two threads at once raise, they never interleave.
+#[pyclass(module = "kvlathe._native")]
+pub(crate) struct NativeLayer {
+    layer: AnyLayer,
+    dtype: Dtype,
+}
+
+fn coding(codec: &Bound<'_, PyAny>) -> PyResult<Coding> {
+    if codec.is_none() {
+        Ok(Coding::Exact)
+    } else if let Ok(set) = codec.cast::<StreamSetCodec>() {
+        Ok(Coding::Blocks(set.get().0.clone()))
+    } else if let Ok(coder) = codec.cast::<LowRankCodec>() {
+        Ok(Coding::LowRank(coder.get().0.clone()))
+    } else {
+        let message = format!("{} is no native codec", codec.get_type().name()?);
+        Err(exception("PresetError", message))
+    }
+}
+
+impl NativeLayer {
+    fn tensor(&self, tensor: &Bound<'_, PyAny>, what: &str) -> PyResult<RawTensor> {
+        let raw = RawTensor::new(tensor, what, 4)?;
+        if raw.dtype()? != self.dtype {
+            let message = format!("{what} are of another dtype than this cache holds ({:?}); call reset() first", self.dtype);
+            return Err(exception("DtypeError", message));
+        }
+        Ok(raw)
+    }
+}
+
+#[pymethods]
+impl NativeLayer {
+    /// Codecs are None (exact), a StreamSetCodec or a LowRankCodec; `dims` are the head_dim of keys and of values.
+    #[new]
+    #[pyo3(signature = (key, value, *, n_sinks, compress_start_len, n_tail, dtype, batch, n_heads, dims))]
+    #[expect(clippy::too_many_arguments, reason = "keyword-only in Python, called from one place")]
+    fn new(
+        key: &Bound<'_, PyAny>,
+        value: &Bound<'_, PyAny>,
+        n_sinks: usize,
+        compress_start_len: usize,
+        n_tail: usize,
+        dtype: &str,
+        batch: usize,
+        n_heads: usize,
+        dims: (usize, usize),
+    ) -> PyResult<Self> {
+        let (key, value) = (coding(key)?, coding(value)?);
+        let policy = Policy { n_sinks, compress_start_len, n_tail };
+        let dtype = Dtype::from_name(dtype)?;
+        let layer = match dtype {
+            Dtype::F32 => LayerCache::new(key, value, policy, batch, n_heads, dims).map(AnyLayer::F32),
+            Dtype::Bf16 => LayerCache::new(key, value, policy, batch, n_heads, dims).map(AnyLayer::Bf16),
+            Dtype::F16 => LayerCache::new(key, value, policy, batch, n_heads, dims).map(AnyLayer::F16),
+        };
+        Ok(Self { layer: layer.map_err(to_python)?, dtype })
+    }
+
+    /// Sequences.
+    #[getter]
+    fn batch(&self) -> usize {
+        with_layer!(&self.layer, layer, E => layer.batch())
+    }
+
+    /// Tokens of each sequence.
+    #[getter]
+    fn n_tokens(&self) -> usize {
+        with_layer!(&self.layer, layer, E => layer.n_tokens())
+    }
+
+    /// Tokens held in coded form.
+    #[getter]
+    fn n_coded(&self) -> usize {
+        with_layer!(&self.layer, layer, E => layer.n_coded())
+    }
+
+    /// Appends `[batch, heads, tokens, head_dim]` keys and values.
+    fn append(&mut self, py: Python<'_>, keys: &Bound<'_, PyAny>, values: &Bound<'_, PyAny>, n_threads: usize) -> PyResult<()> {
+        let (keys, values) = (self.tensor(keys, "keys")?, self.tensor(values, "values")?);
+        with_layer!(&mut self.layer, layer, E => {
+            // SAFETY: dtypes were checked; both tensors are arguments of this call and so alive until it returns.
+            let (keys, values) = unsafe { (keys.view::<E>()?, values.view::<E>()?) };
+            in_pool(py, n_threads, || layer.append(keys, values)).map_err(to_python)
+        })
+    }
+
+    /// Codes the whole blocks that have left the tail.
+    fn compress(&mut self, py: Python<'_>, n_threads: usize) -> PyResult<()> {
+        with_layer!(&mut self.layer, layer, E => in_pool(py, n_threads, || layer.compress()).map_err(to_python))
+    }
+
+    /// Writes all tokens to the front of two contiguous tensors `[batch, heads, ≥ n_tokens, head_dim]`.
+    fn read(&self, py: Python<'_>, keys: &Bound<'_, PyAny>, values: &Bound<'_, PyAny>, n_threads: usize) -> PyResult<()> {
+        let (keys, values) = (self.tensor(keys, "keys")?, self.tensor(values, "values")?);
+        let (key_tokens, value_tokens) = (keys.shape[2], values.shape[2]);
+        with_layer!(&self.layer, layer, E => {
+            // SAFETY: as in `append`; the caller made both tensors for this call, nothing else refers to them yet.
+            let (keys, values) = unsafe { (keys.slice_mut::<E>("keys")?, values.slice_mut::<E>("values")?) };
+            in_pool(py, n_threads, || {
+                layer.read_keys(keys, key_tokens).and_then(|()| layer.read_values(values, value_tokens))
+            })
+            .map_err(to_python)
+        })
+    }
+
+    /// Removes the newest tokens.
+    fn crop(&mut self, n_tokens: usize) -> PyResult<()> {
+        with_layer!(&mut self.layer, layer, E => layer.crop(n_tokens).map_err(to_python))
+    }
+
+    /// Replaces the batch by these rows, in this order.
+    fn select(&mut self, rows: Vec<usize>) -> PyResult<()> {
+        with_layer!(&mut self.layer, layer, E => layer.select(&rows).map_err(to_python))
+    }
+
+    /// Bytes held: (exact, coded).
+    fn memory_use(&self) -> (usize, usize) {
+        let memory = with_layer!(&self.layer, layer, E => layer.memory_use());
+        (memory.exact_bytes, memory.coded_bytes)
+    }
+
+    /// A copy that shares the packed blocks.
+    fn copy(&self) -> Self {
+        Self { layer: self.layer.clone(), dtype: self.dtype }
+    }
+}

@@ -1,0 +1,161 @@
+//! Torch tensors on the CPU, by pointer.
+//!
+//! The GIL is released while Rust reads them, so a slice made here must not outlive the call that holds the tensor.
+
+use half::{bf16, f16};
+use kvlathe::cache::TensorView;
+use kvlathe::codec::Element;
+use pyo3::prelude::*;
+
+use crate::error::{exception, to_python};
+
+/// The number formats that the native code takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Dtype {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl Dtype {
+    pub(crate) fn from_name(name: &str) -> PyResult<Self> {
+        match name.trim_start_matches("torch.") {
+            "float32" => Ok(Self::F32),
+            "bfloat16" => Ok(Self::Bf16),
+            "float16" => Ok(Self::F16),
+            other => Err(exception(
+                "DtypeError",
+                format!("dtype {other} cannot be compressed; load the model in float32, bfloat16 or float16"),
+            )),
+        }
+    }
+}
+
+/// A torch tensor's memory, valid while the Python object that it was taken from is alive.
+pub(crate) struct RawTensor {
+    address: usize,
+    pub(crate) shape: Vec<usize>,
+    strides: Vec<usize>,
+    dtype_name: String,
+}
+
+impl RawTensor {
+    /// Reads pointer, shape, strides and dtype of a CPU tensor with `n_dims` dimensions.
+    pub(crate) fn new(tensor: &Bound<'_, PyAny>, what: &str, n_dims: usize) -> PyResult<Self> {
+        let device: String = tensor.getattr("device")?.getattr("type")?.extract()?;
+        if device != "cpu" {
+            return Err(exception("DeviceError", format!("{what} are on {device}, the native code works on the cpu")));
+        }
+        let shape: Vec<usize> = tensor.getattr("shape")?.extract()?;
+        if shape.len() != n_dims {
+            let message = format!("{what} have the shape {shape:?}, expected {n_dims} dimensions");
+            return Err(exception("ShapeError", message));
+        }
+        let strides: Vec<usize> = tensor.call_method0("stride")?.extract()?;
+        if strides.last().is_some_and(|&s| s != 1) && shape.last().is_some_and(|&n| n > 1) {
+            return Err(exception("ShapeError", format!("the last dimension of {what} must be contiguous")));
+        }
+        let address: usize = tensor.call_method0("data_ptr")?.extract()?;
+        let dtype_name = tensor.getattr("dtype")?.str()?.to_string();
+        Ok(Self { address, shape, strides, dtype_name })
+    }
+
+    pub(crate) fn dtype(&self) -> PyResult<Dtype> {
+        Dtype::from_name(&self.dtype_name)
+    }
+
+    /// Refuses every dtype but `name` (as torch prints it, without `torch.`).
+    pub(crate) fn expect_dtype(&self, what: &str, name: &str) -> PyResult<()> {
+        if self.dtype_name.trim_start_matches("torch.") == name {
+            return Ok(());
+        }
+        Err(exception("DtypeError", format!("{what} are {}, expected torch.{name}", self.dtype_name)))
+    }
+
+    /// Elements from the first to the last, gaps included.
+    fn span(&self) -> usize {
+        if self.shape.contains(&0) {
+            return 0;
+        }
+        self.shape.iter().zip(&self.strides).map(|(n, s)| (n - 1) * s).sum::<usize>() + 1
+    }
+
+    fn is_contiguous(&self) -> bool {
+        let mut expected = 1;
+        for (n, s) in self.shape.iter().zip(&self.strides).rev() {
+            if *n != 1 && *s != expected {
+                return false;
+            }
+            expected *= n;
+        }
+        true
+    }
+
+    /// The elements as a slice.
+    ///
+    /// # Safety
+    /// `T` must be the tensor's element type, and the tensor must stay alive and un-resized while the slice is used.
+    pub(crate) unsafe fn slice<T>(&self) -> &[T] {
+        let n = self.span();
+        if n == 0 {
+            return &[];
+        }
+        // SAFETY: torch guarantees `span` elements from data_ptr on; type and lifetime are the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.address as *const T, n) }
+    }
+
+    /// The elements of a contiguous tensor, to be written.
+    ///
+    /// # Safety
+    /// As [`RawTensor::slice`], and nothing else may read or write the tensor meanwhile.
+    pub(crate) unsafe fn slice_mut<T>(&self, what: &str) -> PyResult<&mut [T]> {
+        if !self.is_contiguous() {
+            return Err(exception("ShapeError", format!("{what} must be contiguous")));
+        }
+        let n = self.span();
+        if n == 0 {
+            return Ok(&mut []);
+        }
+        // SAFETY: as in `slice`; exclusivity is the caller's promise.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.address as *mut T, n) })
+    }
+
+    /// A view `[batch, heads, tokens, head_dim]`.
+    ///
+    /// # Safety
+    /// As [`RawTensor::slice`].
+    pub(crate) unsafe fn view<E: Element>(&self) -> PyResult<TensorView<'_, E>> {
+        // SAFETY: the caller's promise.
+        let data = unsafe { self.slice::<E>() };
+        let shape = [self.shape[0], self.shape[1], self.shape[2], self.shape[3]];
+        TensorView::new(data, shape, [self.strides[0], self.strides[1], self.strides[2]]).map_err(to_python)
+    }
+}
+
+/// Runs `$body` with `$element` bound to the Rust type of `$dtype`.
+macro_rules! with_element {
+    ($dtype:expr, $element:ident => $body:expr) => {
+        match $dtype {
+            $crate::tensor::Dtype::F32 => {
+                type $element = f32;
+                $body
+            }
+            $crate::tensor::Dtype::Bf16 => {
+                type $element = ::half::bf16;
+                $body
+            }
+            $crate::tensor::Dtype::F16 => {
+                type $element = ::half::f16;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use with_element;
+
+// The element types named in the macro must be the ones the codec knows.
+const _: fn() = || {
+    fn element<E: Element>() {}
+    element::<bf16>();
+    element::<f16>();
+};
