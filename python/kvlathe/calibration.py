@@ -1,0 +1,176 @@
+"""Calibration: text → moments → basis. The forward and backward pass is here; moments and design are native."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ._native import Moments, fingerprint
+from .errors import CalibrationError
+from .fisher import fisher_pass, gradient_free_pass, output_projection_metric
+from .preset import Preset, config_json
+from .progress import progress
+from .rope_probe import ProbeResult, probe_rope
+from .two_sided import TwoSidedPlan
+
+# The seed's published sweet spot: three quarters of head_dim at int8.
+_SHARED_RANK_FRACTION = 0.75
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How a model is calibrated.
+
+    Attributes:
+        block_len: tokens in a packed block: 8, 16, 32, 64, 128 or 256.
+        n_sinks: first tokens that stay exact.
+        tail: latest tokens that the calibrated cache is expected to keep exact; only queries farther away
+            count for the gradients. A cache may keep more or fewer.
+        shrinkage: share of the metric replaced by a multiple of the identity, 0 to 1.
+        n_samples: next tokens sampled a position (backward passes a window).
+        gradients: False uses E[q qT] and the output projection instead of the Fisher metric.
+        seed: of the sampled tokens.
+    """
+
+    block_len: int = 32
+    n_sinks: int = 4
+    tail: int = 128
+    shrinkage: float = 0.3
+    n_samples: int = 1
+    gradients: bool = True
+    seed: int = 0
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """[B, H, T, D] of one window to contiguous float32 [H, T, D] on the CPU."""
+    return x[0].detach().to("cpu", torch.float32).contiguous()
+
+
+def _rope_tuples(probe: ProbeResult) -> list[tuple[str, int, list[float]] | None]:
+    return [
+        None if rope is None else (str(rope.pairing), int(rope.rotary_dim), rope.inv_freq.tolist())
+        for rope in probe.ropes
+    ]
+
+
+def _fisher_moments(
+    model: PreTrainedModel, windows: Sequence[Tensor], moments: Moments, options: CalibrationOptions
+) -> None:
+    generator = torch.Generator(device="cpu").manual_seed(options.seed)
+    n_threads = torch.get_num_threads()
+
+    def on_backward(layer: int, k: Tensor, v: Tensor, dk_far: Tensor, dv_far: Tensor) -> None:
+        moments.add(layer, "key", _heads_first(k), _heads_first(dk_far), 0, n_threads)
+        moments.add(layer, "value", _heads_first(v), _heads_first(dv_far), 0, n_threads)
+
+    plan = TwoSidedPlan(tail=options.tail, n_sinks=options.n_sinks, on_backward=on_backward)
+    for window in progress(windows, "calibrating", "window"):
+        fisher_pass(model, window[None], plan, generator, options.n_samples)
+
+
+def _gradient_free_moments(
+    model: PreTrainedModel, windows: Sequence[Tensor], moments: Moments, n_kv_heads: int
+) -> None:
+    n_threads = torch.get_num_threads()
+
+    def on_layer(layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        moments.add(layer, "key", _heads_first(k), None, 0, n_threads)
+        moments.add(layer, "value", _heads_first(v), None, 0, n_threads)
+        queries = _heads_first(q)
+        n_heads, n_tokens, head_dim = queries.shape
+        grouped = queries.reshape(n_kv_heads, n_heads // n_kv_heads * n_tokens, head_dim)
+        moments.add_queries(layer, 0, n_tokens, grouped)
+
+    for window in progress(windows, "calibrating without gradients", "window"):
+        gradient_free_pass(model, window[None], on_layer)
+
+
+def _score_scale(model: PreTrainedModel, head_dim: int) -> float:
+    config = model.config.get_text_config(decoder=True)
+    scalar = getattr(config, "query_pre_attn_scalar", None) or head_dim
+    return float(scalar) ** -0.5
+
+
+def calibrate(
+    model: PreTrainedModel,
+    windows: Sequence[Tensor],
+    *,
+    name: str = "",
+    text_name: str = "",
+    options: CalibrationOptions | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> Preset:
+    """Calibrate a model on windows of tokens. The preset has no bits yet: see `Preset.with_bits` and `tune`.
+
+    Args:
+        model: a decoder with standard attention, on any device.
+        windows: LongTensors [T]; every window longer than ``tail + n_sinks``.
+        name: what the preset calls the model; its own name by default.
+        text_name: what the preset says of the text.
+        on_note: takes sentences for people, such as a layer whose rotation was not found.
+
+    Raises:
+        CalibrationError: windows too short or too few, or moments that allow no design.
+        ModelError: a model whose cache is not of the standard shape.
+    """
+    options = options or CalibrationOptions()
+    if not windows:
+        raise CalibrationError("no windows of text to calibrate on")
+    shortest = min(len(window) for window in windows)
+    if shortest <= options.tail + options.n_sinks:
+        raise CalibrationError(
+            f"windows of {shortest} tokens have no token farther than the tail of {options.tail} and the "
+            f"{options.n_sinks} sinks; use a longer window or a shorter tail"
+        )
+    probe = probe_rope(model)
+    for note in probe.notes:
+        (on_note or (lambda _: None))(note)
+    shape = probe.shape
+    moments = Moments(shape.n_kv_heads, shape.head_dim, _rope_tuples(probe))
+    grams: list[list[list[float]]] | None = None
+    if options.gradients:
+        _fisher_moments(model, windows, moments, options)
+    else:
+        _gradient_free_moments(model, windows, moments, shape.n_kv_heads)
+        grams = [
+            output_projection_metric(model, layer).flatten(1).tolist() for layer in range(shape.n_layers)
+        ]
+    meta: dict[str, Any] = {
+        "model": name or str(getattr(model.config, "name_or_path", "") or type(model).__name__),
+        "rank": max(1, int(shape.head_dim * _SHARED_RANK_FRACTION)),
+        "head_dim": shape.head_dim,
+        "n_layers": shape.n_layers,
+        "n_heads": shape.n_heads,
+        "n_kv_heads": shape.n_kv_heads,
+        "block_len": options.block_len,
+        "n_sinks": options.n_sinks,
+        "fingerprint": fingerprint(config_json(model.config)),
+        "model_type": str(model.config.get_text_config(decoder=True).model_type),
+        "created": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "calibration": {
+            **asdict(options),
+            "text": text_name,
+            "n_tokens": int(moments.n_tokens),
+            "n_windows": len(windows),
+            "window": max(len(window) for window in windows),
+            "metric": "fisher" if options.gradients else "queries and output projection",
+            "notes": probe.notes,
+        },
+    }
+    native = moments.design(
+        json.dumps(meta),
+        block_len=options.block_len,
+        shrinkage=options.shrinkage,
+        shared_rank=meta["rank"],
+        n_threads=torch.get_num_threads(),
+        output_gram=grams,
+        score_scale=_score_scale(model, shape.head_dim),
+    )
+    return Preset(native)

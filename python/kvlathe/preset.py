@@ -1,0 +1,100 @@
+"""Preset files: a model's calibrated codecs, read, written and set to another rate. Works without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, Literal
+
+from ._native import LowRankCodec, StreamSetCodec
+from ._native import Preset as NativePreset
+
+Side = Literal["key", "value"]
+
+
+class Preset:
+    """A calibrated preset. Immutable: `with_bits` and `with_measured` give new ones.
+
+    Attributes:
+        native: the native object that holds the arrays.
+        meta: the seed's six keys, and under "kvlathe" ours (None for a seed-style file).
+    """
+
+    def __init__(self, native: NativePreset) -> None:
+        self.native = native
+        self.meta: dict[str, Any] = json.loads(native.meta_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Preset:
+        """Read a ``.json`` or ``.safetensors`` preset, the seed's or ours.
+
+        Raises:
+            PresetError: no such file, or one that is truncated, malformed or of another version.
+        """
+        return cls(NativePreset.read(os.fspath(path)))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to ``path``; the extension (``.json`` or ``.safetensors``) chooses the format."""
+        self.native.write(os.fspath(path))
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.meta["n_layers"])
+
+    @property
+    def is_seed_style(self) -> bool:
+        """Whether this is a file of the seed's kind: shared low-rank bases, no calibrated streams."""
+        return self.meta["kvlathe"] is None
+
+    @property
+    def n_sinks(self) -> int:
+        """First tokens that stay exact; 0 for seed-style presets."""
+        return 0 if self.is_seed_style else int(self.meta["kvlathe"]["n_sinks"])
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits a value of the coded part, side information counted."""
+        if self.is_seed_style:
+            return float(8 * self.meta["rank"] + 32) / float(self.meta["head_dim"])
+        return float(self.meta["kvlathe"]["bits_per_value"])
+
+    def with_bits(self, bits_per_value: float) -> Preset:
+        """The same calibration at another rate: only widths change, and what was measured is dropped.
+
+        Args:
+            bits_per_value: mean over the model, gain and guard counted: from 16 / head_dim to 8 + 16 / head_dim.
+
+        Raises:
+            PresetError: a seed-style preset.
+            BudgetError, CalibrationError: a rate out of range.
+        """
+        return Preset(self.native.with_bits(bits_per_value))
+
+    def with_measured(self, measured: dict[str, Any]) -> Preset:
+        """The same preset with a record of what was measured at its rate."""
+        return Preset(self.native.with_measured(json.dumps(measured)))
+
+    def codec(self, layer: int, side: Side) -> StreamSetCodec | LowRankCodec | None:
+        """The codec of one side of a layer; None where the preset leaves it exact."""
+        return self.native.codec(layer, side)
+
+    def check_model(self, config: Any) -> None:
+        """Refuse a model (its config) that this preset was not calibrated for.
+
+        Raises:
+            PresetError: the config's fingerprint is another.
+        """
+        self.native.check_model(config_json(config))
+
+    def __repr__(self) -> str:
+        kind = "seed-style " if self.is_seed_style else ""
+        return f"<{kind}Preset of {self.meta['model']}: {self.n_layers} layers, {self.bits_per_value:.2f} bits a value>"
+
+
+def config_json(config: Any) -> str:
+    """The decoder's part of a Hugging Face config as JSON."""
+    text_config = getattr(config, "get_text_config", None)
+    if text_config is not None:
+        config = text_config(decoder=True)
+    as_dict = config.to_dict() if hasattr(config, "to_dict") else config
+    return json.dumps(as_dict, default=str)
