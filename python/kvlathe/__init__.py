@@ -1,0 +1,110 @@
+"""kvlathe: compressed key/value caches for Hugging Face transformers.
+
+Calibrated once per model, then used in place of `DynamicCache`::
+
+    from kvlathe import load_preset_cache
+
+    cache = load_preset_cache("my_preset.safetensors", num_layers=model.config.num_hidden_layers, device="cpu")
+    model.generate(**inputs, past_key_values=cache)
+
+Presets can be inspected without torch; everything else imports it on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._native import version as _version
+from .errors import (
+    BudgetError,
+    CalibrationError,
+    CorpusError,
+    DeviceError,
+    DtypeError,
+    KvlatheError,
+    ModelError,
+    NonFiniteError,
+    PresetError,
+    ShapeError,
+)
+from .preset import Preset
+
+if TYPE_CHECKING:
+    from .cache import CompressedDynamicCache, load_preset_cache
+    from .calibration import CalibrationOptions, calibrate
+    from .compressors import IdentityCompressor, QuantizedCalibratedCompressor, StreamSetCompressor
+    from .corpus import Corpus, corpus_from_files, default_corpus
+    from .evaluation import Evaluator, Quality
+    from .model_loading import load_model
+    from .tuning import TuneOptions, TuneResult, tune
+
+__version__ = _version()
+
+# Where each name lives; importing it needs torch and transformers.
+_LAZY = {
+    "CalibrationOptions": "calibration",
+    "CompressedDynamicCache": "cache",
+    "Corpus": "corpus",
+    "Evaluator": "evaluation",
+    "IdentityCompressor": "compressors",
+    "Quality": "evaluation",
+    "QuantizedCalibratedCompressor": "compressors",
+    "StreamSetCompressor": "compressors",
+    "TuneOptions": "tuning",
+    "TuneResult": "tuning",
+    "calibrate": "calibration",
+    "corpus_from_files": "corpus",
+    "default_corpus": "corpus",
+    "load_model": "model_loading",
+    "load_preset_cache": "cache",
+    "tune": "tuning",
+}
+
+__all__ = [
+    "BudgetError",
+    "CalibrationError",
+    "CalibrationOptions",
+    "CompressedDynamicCache",
+    "Corpus",
+    "CorpusError",
+    "DeviceError",
+    "DtypeError",
+    "Evaluator",
+    "IdentityCompressor",
+    "KvlatheError",
+    "ModelError",
+    "NonFiniteError",
+    "Preset",
+    "PresetError",
+    "Quality",
+    "QuantizedCalibratedCompressor",
+    "ShapeError",
+    "StreamSetCompressor",
+    "TuneOptions",
+    "TuneResult",
+    "__version__",
+    "calibrate",
+    "corpus_from_files",
+    "default_corpus",
+    "load_model",
+    "load_preset_cache",
+    "tune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'kvlathe' has no attribute {name!r}")
+    try:
+        value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        if error.name in ("torch", "transformers"):
+            raise ImportError(f"kvlathe.{name} needs {error.name}; install it with: pip install 'kvlathe[torch]'") from error
+        raise
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

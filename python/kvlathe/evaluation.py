@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .cache import CompressedDynamicCache
+from .compressors import StreamSetCompressor, granularity, native_codec
 from .progress import progress
 from .two_sided import TwoSidedPlan, two_sided
 
@@ -167,3 +169,30 @@ def upper_bound(samples: Iterable[float], *, confidence: float = 0.95, n_resampl
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(len(values), (n_resamples, len(values)), generator=generator)
     return float(values[draws].mean(dim=1).quantile(confidence))
+
+
+def coders(cache: CompressedDynamicCache) -> tuple[Coder, Coder]:
+    """What an (empty) cache's compressors make of keys and of values: the arguments of `Evaluator.run`.
+
+    Tokens are coded from the first one after the sinks on, in whole blocks; an incomplete last block, which a cache
+    would keep in its tail, stays exact.
+    """
+    return (
+        lambda layer, x: _through(cache.compressor(layer, "key"), cache.n_sinks(layer), x),
+        lambda layer, x: _through(cache.compressor(layer, "value"), cache.n_sinks(layer), x),
+    )
+
+
+def _through(compressor: nn.Module, n_sinks: int, x: Tensor) -> Tensor:
+    if native_codec(compressor) is None:
+        return x
+    n_tokens = (x.shape[2] - n_sinks) // granularity(compressor) * granularity(compressor)
+    if n_tokens <= 0:
+        return x
+    middle = x[:, :, n_sinks : n_sinks + n_tokens].contiguous()
+    if isinstance(compressor, StreamSetCompressor):
+        coded = compressor.expand(compressor.compress(middle, n_sinks), n_sinks, x.dtype)
+    else:
+        expand: Callable[..., Tensor] = compressor.expand  # type: ignore[assignment]
+        coded = expand(compressor.compress(middle)).to(x.dtype)  # type: ignore[operator]
+    return torch.cat([x[:, :, :n_sinks], coded, x[:, :, n_sinks + n_tokens :]], dim=2)

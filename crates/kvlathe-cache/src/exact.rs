@@ -55,8 +55,8 @@ impl<E: Element> ExactRun<E> {
         for run in &mut self.heads {
             run.drain(..n_tokens * self.head_dim);
             // After a long prompt has been packed, its exact copy must not linger as capacity.
-            if run.capacity() > 2 * run.len() + 256 * self.head_dim {
-                run.shrink_to(run.len() + 64 * self.head_dim);
+            if run.capacity() > run.len() + 128 * self.head_dim {
+                run.shrink_to(run.len() + 32 * self.head_dim);
             }
         }
     }

@@ -1,0 +1,1 @@
+"""The seed API's import path. Everything lives in `kvlathe`."""

@@ -1,0 +1,211 @@
+"""One layer of a `CompressedDynamicCache`, as transformers' cache protocol wants it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+from .errors import DeviceError, DtypeError, ShapeError
+from .preset import Side
+from .stores import LayerStore, Policy, make_store
+
+
+class CompressedLayer(DynamicLayer):
+    """Keeps one layer's keys and values compressed; `update` returns them expanded, for the time of one call.
+
+    The store is made when the first tensors show device, dtype and shape.
+
+    Args:
+        k_compressor, v_compressor: see `kvlathe.compressors`.
+        policy: which tokens stay exact.
+        device: where tensors must live; None takes the first ones' device.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(
+        self, k_compressor: nn.Module, v_compressor: nn.Module, policy: Policy, device: torch.device | None = None
+    ) -> None:
+        self._store: LayerStore | None = None
+        self._k_compressor, self._v_compressor = k_compressor, v_compressor
+        self.policy = policy
+        self._wanted_device = device
+        self.record_past = False
+        super().__init__()
+
+    # The protocol's `keys` and `values`: expanded on demand, never kept.
+    @property
+    def keys(self) -> Tensor | None:
+        return self._store.read()[0] if self._store else None
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._refuse_assignment(value)
+
+    @property
+    def values(self) -> Tensor | None:
+        return self._store.read()[1] if self._store else None
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._refuse_assignment(value)
+
+    def _refuse_assignment(self, value: Tensor | None) -> None:
+        if value is not None:
+            raise ShapeError(
+                "keys and values of a compressed layer cannot be assigned: use update(), crop(), reorder_cache()"
+            )
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        wanted = self._wanted_device
+        given = key_states.device
+        if wanted is not None and (given.type != wanted.type or (wanted.index not in (None, given.index))):
+            raise DeviceError(
+                f"the cache was made for device={str(wanted)!r}, the model's keys are on {str(given)!r}; "
+                f"load the preset with device={given.type!r}"
+            )
+        self.dtype, self.device = key_states.dtype, given
+        self._values_per_token = key_states.shape[1] * (key_states.shape[3] + value_states.shape[3])
+        self._store = make_store(self._k_compressor, self._v_compressor, self.policy, key_states, value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add tokens [B, H, q, D] and return all keys and values [B, H, n_tokens, D].
+
+        The new tokens, and those that were exact before the call, come back bit for bit.
+
+        Raises:
+            ShapeError, DtypeError, DeviceError: tensors unlike those the layer holds; the layer is unchanged.
+            NonFiniteError: NaN or infinity in what would be coded; the layer is unchanged.
+        """
+        self._check(key_states, value_states)
+        fresh = not self.is_initialized
+        if fresh:
+            self.lazy_initialization(key_states, value_states)
+        store = self._store
+        assert store is not None
+        if self.record_past:
+            # What a rollback could still remove was removed before this call; the rest may be coded now.
+            store.compress()
+        past = store.n_tokens
+        try:
+            if past:
+                keys, values = store.read(room=key_states.shape[2])
+                keys[:, :, past:] = key_states
+                values[:, :, past:] = value_states
+            else:
+                keys, values = key_states, value_states
+            store.append(key_states, value_states)
+        except Exception:
+            if fresh:
+                self.reset()
+            raise
+        if not self.record_past:
+            store.compress()
+        return keys, values
+
+    def _check(self, key_states: Tensor, value_states: Tensor) -> None:
+        for name, states in (("keys", key_states), ("values", value_states)):
+            if states.dim() != 4:
+                raise ShapeError(f"{name} have the shape {list(states.shape)}, expected [batch, heads, tokens, head_dim]")
+        if key_states.device != value_states.device:
+            raise DeviceError(f"keys are on {key_states.device}, values on {value_states.device}")
+        if key_states.dtype != value_states.dtype:
+            raise DtypeError(f"keys are {key_states.dtype}, values {value_states.dtype}")
+        if key_states.shape[:3] != value_states.shape[:3]:
+            raise ShapeError(f"keys of shape {list(key_states.shape)} with values of shape {list(value_states.shape)}")
+        if self._store is None:
+            return
+        if key_states.device != self.device:
+            raise DeviceError(f"the cache is on {self.device}, new keys are on {key_states.device}; call reset() first")
+        if key_states.dtype != self.dtype:
+            raise DtypeError(f"the cache holds {self.dtype}, new keys are {key_states.dtype}; call reset() first")
+        if key_states.shape[0] != self._store.batch:
+            raise ShapeError(
+                f"batch size is {key_states.shape[0]}, but this cache holds {self._store.batch}; use one cache for "
+                f"one batch, reset() it for the next, or batch_repeat_interleave() it for beams"
+            )
+
+    def get_seq_length(self) -> int:
+        return self._store.n_tokens if self._store else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def compressor(self, side: Side) -> nn.Module:
+        """The compressor of the "key" or "value" side."""
+        return self._k_compressor if side == "key" else self._v_compressor
+
+    @property
+    def n_coded(self) -> int:
+        """Tokens held in coded form."""
+        return self._store.n_coded if self._store else 0
+
+    def memory_use(self) -> tuple[int, int]:
+        """Bytes truly held: (exact, coded)."""
+        return self._store.memory_use() if self._store else (0, 0)
+
+    def values_held(self) -> tuple[int, int]:
+        """How many numbers keys and values amount to, and the bytes the stock cache would take for them."""
+        if self._store is None:
+            return 0, 0
+        n = self._values_per_token * self._store.n_tokens * self._store.batch
+        return n, n * self.dtype.itemsize
+
+    def activate_past_recording(self) -> None:
+        """Code tokens only once the next call shows that they were not rolled back (assisted decoding)."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens; zero or negative, as in transformers 5.
+
+        Exact tokens vanish without a trace. A cut into coded tokens leaves the rest of their block as decoded.
+        """
+        if tokens_to_remove > 0:
+            raise ShapeError(
+                f"crop({tokens_to_remove}): give a negative number of tokens to remove; to keep {tokens_to_remove} "
+                f"tokens, call crop({tokens_to_remove} - cache.get_seq_length())"
+            )
+        if self._store is not None and tokens_to_remove < 0:
+            self._store.crop(min(-tokens_to_remove, self._store.n_tokens))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self._store is not None and self._store.n_tokens:
+            picked = torch.arange(self._store.batch)[indices.cpu()]
+            self._store.select(picked.reshape(-1).tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self._store is not None and self._store.n_tokens:
+            self._store.select([row for row in range(self._store.batch) for _ in range(repeats)])
+
+    def reset(self) -> None:
+        self._store = None
+        self.is_initialized = False
+        self.record_past = False
+
+    def offload(self) -> None:
+        """Nothing to do: what is held is already small, and expanded tensors are never kept."""
+
+    def prefetch(self) -> None:
+        """Nothing to do; see `offload`."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedLayer:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in self.__dict__.items():
+            if name == "_store":
+                twin._store = value.copy() if value is not None else None
+            elif name in ("_k_compressor", "_v_compressor"):
+                twin.__dict__[name] = value
+            else:
+                twin.__dict__[name] = copy.deepcopy(value, memo)
+        return twin

@@ -1,0 +1,234 @@
+"""Auto-tuning: the fewest bits within a quality budget. One calibration, then a one-dimensional search."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ._native import version
+from .cache import CompressedDynamicCache
+from .calibration import CalibrationOptions, calibrate
+from .corpus import Corpus, windows
+from .errors import BudgetError
+from .evaluation import Evaluator, Quality, coders, upper_bound
+from .preset import Preset
+
+# The search works on this grid, in bits a value; finer is below the noise of a measurement.
+_GRID = 1 / 8
+_MOST_COEFFICIENT_BITS = 8.0
+_LEAST_COEFFICIENT_BITS = 0.5
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """What to calibrate on, and what to hold.
+
+    Attributes:
+        target_ppl_delta: largest relative rise of perplexity, 0.05 = +5 %; None for no such limit.
+        target_kld: largest mean KL divergence in nats; None for no such limit.
+        window: tokens of a window of text.
+        calibration_windows, evaluation_windows: how many; from different documents.
+        confidence: the budget must hold for the one-sided bootstrap bound of this confidence, not for the mean.
+        calibration: how to calibrate. Its seed also chooses windows.
+    """
+
+    target_ppl_delta: float | None = 0.05
+    target_kld: float | None = None
+    window: int = 1024
+    calibration_windows: int = 32
+    evaluation_windows: int = 12
+    confidence: float = 0.95
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+
+    def __post_init__(self) -> None:
+        if self.target_ppl_delta is None and self.target_kld is None:
+            raise BudgetError("no budget: give target_ppl_delta, target_kld or both")
+        for name, value in (("target_ppl_delta", self.target_ppl_delta), ("target_kld", self.target_kld)):
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise BudgetError(f"{name} is {value}, expected a positive number (0.05 stands for +5 % perplexity)")
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One rate that the search tried.
+
+    Attributes:
+        bits_per_value: of the coded part, side information included.
+        ppl_delta_bound, kld_bound: one-sided upper bounds of the relative rise of perplexity and of the mean KLD.
+        within: whether the budget holds.
+    """
+
+    bits_per_value: float
+    quality: Quality
+    ppl_delta_bound: float
+    kld_bound: float
+    within: bool
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """The tuned preset and every rate that was tried, by rising rate."""
+
+    preset: Preset
+    curve: tuple[CurvePoint, ...]
+    best: CurvePoint
+
+
+def measure(
+    evaluator: Evaluator, preset: Preset, options: TuneOptions, what: str = "evaluating"
+) -> CurvePoint:
+    """One preset's quality and whether it is within the budget."""
+    cache = CompressedDynamicCache.from_preset(preset)
+    quality = evaluator.run(*coders(cache), what=what)
+    confidence = options.confidence
+    ppl_bound = math.expm1(upper_bound(quality.log_ratio_by_window, confidence=confidence))
+    kld_bound = upper_bound(quality.kld_by_window, confidence=confidence)
+    within = (options.target_ppl_delta is None or ppl_bound <= options.target_ppl_delta) and (
+        options.target_kld is None or kld_bound <= options.target_kld
+    )
+    return CurvePoint(preset.bits_per_value, quality, ppl_bound, kld_bound, within)
+
+
+def search_bits(
+    preset: Preset, try_bits: Callable[[Preset], CurvePoint]
+) -> tuple[CurvePoint | None, list[CurvePoint]]:
+    """Bisect over the rate for the fewest bits within the budget: at most seven measurements.
+
+    Returns:
+        The best point (None if even 8 bits a coefficient are not within) and all points by rising rate.
+    """
+    side_bits = 16.0 / float(preset.meta["head_dim"])
+    n_steps = round((_MOST_COEFFICIENT_BITS - _LEAST_COEFFICIENT_BITS) / _GRID)
+
+    def bits(step: int) -> float:
+        return side_bits + _LEAST_COEFFICIENT_BITS + step * _GRID
+
+    points: dict[int, CurvePoint] = {}
+
+    def within(step: int) -> bool:
+        if step not in points:
+            points[step] = try_bits(preset.with_bits(bits(step)))
+        return points[step].within
+
+    # Most budgets are met between 1 and 3.5 bits: bracket there first, and widen only where that fails.
+    low, high = -1, n_steps
+    likely = round((3.5 - _LEAST_COEFFICIENT_BITS) / _GRID)
+    if within(likely):
+        high = likely
+    else:
+        low = likely
+    while high - low > 1:
+        middle = (low + high) // 2
+        if within(middle):
+            high = middle
+        else:
+            low = middle
+    ok = within(high)
+    curve = [points[step] for step in sorted(points)]
+    return (points[high] if ok else None), curve
+
+
+def tune(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    corpus: Corpus,
+    options: TuneOptions | None = None,
+    *,
+    name: str = "",
+    on_note: Callable[[str], None] | None = None,
+    on_point: Callable[[CurvePoint], None] | None = None,
+) -> TuneResult:
+    """Calibrate a model and find the fewest bits within the budget.
+
+    Args:
+        model: a decoder with standard attention.
+        tokenizer: its tokenizer.
+        corpus: text; one part calibrates, the other, of other documents, judges.
+        name: what the preset calls the model.
+        on_note: takes sentences for people.
+        on_point: takes every rate as it is tried.
+
+    Raises:
+        BudgetError: no rate meets the budget.
+        CorpusError: too little text.
+        CalibrationError, ModelError: see `calibrate`.
+    """
+    options = options or TuneOptions()
+    seed = options.calibration.seed
+    to_calibrate = windows(tokenizer, corpus.calibration, options.window, options.calibration_windows, seed)
+    to_judge = windows(tokenizer, corpus.held_out, options.window, options.evaluation_windows, seed)
+    preset = calibrate(
+        model, to_calibrate, name=name, text_name=corpus.name, options=options.calibration, on_note=on_note
+    )
+    evaluator = Evaluator(model, to_judge, tail=options.calibration.tail, n_sinks=options.calibration.n_sinks)
+
+    def try_bits(candidate: Preset) -> CurvePoint:
+        point = measure(evaluator, candidate, options, f"trying {candidate.bits_per_value:.2f} bits")
+        if on_point is not None:
+            on_point(point)
+        return point
+
+    best, curve = search_bits(preset, try_bits)
+    if best is None:
+        last = curve[-1]
+        raise BudgetError(
+            f"the budget ({describe_budget(options)}) cannot be met: at {last.bits_per_value:.2f} bits a value the "
+            f"perplexity rises by up to {100 * last.ppl_delta_bound:+.3f} % and the KLD is up to {last.kld_bound:.5f} "
+            f"(bounds of {100 * options.confidence:.0f} % confidence). Raise the budget, or measure on more windows "
+            f"if the bounds are much above the means"
+        )
+    tuned = preset.with_bits(best.bits_per_value + 1e-9).with_measured(record(best, curve, corpus.name, options))
+    return TuneResult(tuned, tuple(curve), best)
+
+
+def describe_budget(options: TuneOptions) -> str:
+    """The budget in words."""
+    limits = []
+    if options.target_ppl_delta is not None:
+        limits.append(f"perplexity at most {100 * options.target_ppl_delta:+g} %")
+    if options.target_kld is not None:
+        limits.append(f"KLD at most {options.target_kld:g}")
+    return ", ".join(limits)
+
+
+def record(best: CurvePoint, curve: list[CurvePoint], text_name: str, options: TuneOptions) -> dict[str, Any]:
+    """What a preset says of its measurement."""
+    quality = best.quality
+    return {
+        "text": f"{text_name} (held out)",
+        "windows": options.evaluation_windows,
+        "window": options.window,
+        "n_positions": quality.n_positions,
+        "tail": options.calibration.tail,
+        "n_sinks": options.calibration.n_sinks,
+        "baseline_perplexity": quality.exact_perplexity,
+        "perplexity": quality.perplexity,
+        "ppl_delta": quality.ppl_delta,
+        "ppl_delta_bound": best.ppl_delta_bound,
+        "kld": quality.kld,
+        "kld_bound": best.kld_bound,
+        "kld_p99": quality.kld_p99,
+        "top1": quality.top1,
+        "confidence": options.confidence,
+        "target_ppl_delta": options.target_ppl_delta,
+        "target_kld": options.target_kld,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "library_version": version(),
+        "torch_version": torch.__version__,
+        "curve": [
+            {
+                "bits_per_value": point.bits_per_value,
+                "ppl_delta": point.quality.ppl_delta,
+                "kld": point.quality.kld,
+                "top1": point.quality.top1,
+                "within": point.within,
+            }
+            for point in curve
+        ],
+    }
