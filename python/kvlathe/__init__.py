@@ -100,7 +100,9 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     except ModuleNotFoundError as error:
         if error.name in ("torch", "transformers"):
-            raise ImportError(f"kvlathe.{name} needs {error.name}; install it with: pip install 'kvlathe[torch]'") from error
+            raise ImportError(
+                f"kvlathe.{name} needs {error.name}; install it with: pip install 'kvlathe[torch]'"
+            ) from error
         raise
     globals()[name] = value
     return value

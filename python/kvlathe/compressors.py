@@ -93,7 +93,9 @@ class QuantizedCalibratedCompressor(nn.Module):
     def compress(self, x: Tensor) -> Tensor:
         """[..., head_dim] to uint8 [..., vector bytes]: rank codes and a float32 scale, or rank float16."""
         if x.shape[-1] != self.head_dim:
-            raise ShapeError(f"vectors of {x.shape[-1]} components, this compressor's U has head_dim {self.head_dim}")
+            raise ShapeError(
+                f"vectors of {x.shape[-1]} components, this compressor's U has head_dim {self.head_dim}"
+            )
         n_bytes = self.native.vector_bytes
         if x.device.type == "cpu" and x.dtype in NATIVE_DTYPES:
             flat = x.detach().reshape(-1, self.head_dim).contiguous()
@@ -168,7 +170,9 @@ class StreamSetCompressor(nn.Module):
     def __init__(self, codec: StreamSetCodec, n_sinks: int = 4) -> None:
         super().__init__()
         if not isinstance(codec, StreamSetCodec):
-            raise PresetError(f"{type(codec).__name__} is not a calibrated codec; take one from Preset.codec(layer, side)")
+            raise PresetError(
+                f"{type(codec).__name__} is not a calibrated codec; take one from Preset.codec(layer, side)"
+            )
         self.native = codec
         self.n_sinks = n_sinks
         self._on_device: dict[torch.device, TorchStreamCodec] = {}
@@ -239,7 +243,9 @@ def _check_stream_input(codec: StreamSetCodec, x: Tensor, position: int) -> None
     if not fits or x.shape[2] % codec.block_len:
         raise ShapeError(f"vectors of shape {list(x.shape)}, expected {expected}")
     if x.dtype not in NATIVE_DTYPES:
-        raise DtypeError(f"dtype {x.dtype} cannot be compressed; load the model in float32, bfloat16 or float16")
+        raise DtypeError(
+            f"dtype {x.dtype} cannot be compressed; load the model in float32, bfloat16 or float16"
+        )
     if position < 0:
         raise ShapeError(f"position is {position}, expected 0 or more")
 
@@ -253,7 +259,7 @@ def granularity(compressor: nn.Module) -> int:
     return int(getattr(compressor, "block_len", 1))
 
 
-def native_codec(compressor: nn.Module) -> StreamSetCodec | LowRankCodec | None | bool:
+def native_codec(compressor: nn.Module) -> StreamSetCodec | LowRankCodec | bool | None:
     """What the native cache takes for a compressor: a codec, None for exact, or False when it must go through tensors.
 
     Subclasses may compute something else, so only the classes themselves qualify.

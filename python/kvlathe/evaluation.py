@@ -84,7 +84,9 @@ class Evaluator:
     def _exact_logits(self, at: int) -> Tensor:
         if at < len(self._exact):
             return self._exact[at]
-        logits = self._model(input_ids=self._windows[at][None].to(self._model.device), use_cache=False).logits[0]
+        logits = self._model(
+            input_ids=self._windows[at][None].to(self._model.device), use_cache=False
+        ).logits[0]
         if self._keeps:
             # Differences of logits decide, so the largest goes to zero before rounding.
             kept = (logits - logits.max(dim=-1, keepdim=True).values).to(torch.float16)
@@ -129,7 +131,9 @@ class Evaluator:
             perplexity=math.exp(nll / scored),
             exact_perplexity=math.exp(exact_nll / scored),
             kld=float(kld.mean()),
-            kld_p99=float(kld.quantile(0.99)) if len(kld) < 1 << 23 else float(kld[:: len(kld) >> 22].quantile(0.99)),
+            kld_p99=float(kld.quantile(0.99))
+            if len(kld) < 1 << 23
+            else float(kld[:: len(kld) >> 22].quantile(0.99)),
             top1=same / len(kld),
             n_positions=len(kld),
             kld_by_window=tuple(float(window.mean()) for window in klds),
@@ -163,7 +167,9 @@ def _compare(exact: Tensor, coded: Tensor, ids: Tensor) -> _Window:
     return _Window(torch.cat(klds), nll, exact_nll, same)
 
 
-def upper_bound(samples: Iterable[float], *, confidence: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> float:
+def upper_bound(
+    samples: Iterable[float], *, confidence: float = 0.95, n_resamples: int = 2000, seed: int = 0
+) -> float:
     """One-sided bootstrap bound on the mean: below it with the given confidence (Efron's percentile method)."""
     values = torch.tensor(list(samples), dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)

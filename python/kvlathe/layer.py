@@ -30,7 +30,11 @@ class CompressedLayer(DynamicLayer):
     is_croppable = True
 
     def __init__(
-        self, k_compressor: nn.Module, v_compressor: nn.Module, policy: Policy, device: torch.device | None = None
+        self,
+        k_compressor: nn.Module,
+        v_compressor: nn.Module,
+        policy: Policy,
+        device: torch.device | None = None,
     ) -> None:
         self._store: LayerStore | None = None
         self._k_compressor, self._v_compressor = k_compressor, v_compressor
@@ -72,10 +76,14 @@ class CompressedLayer(DynamicLayer):
             )
         self.dtype, self.device = key_states.dtype, given
         self._values_per_token = key_states.shape[1] * (key_states.shape[3] + value_states.shape[3])
-        self._store = make_store(self._k_compressor, self._v_compressor, self.policy, key_states, value_states)
+        self._store = make_store(
+            self._k_compressor, self._v_compressor, self.policy, key_states, value_states
+        )
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Add tokens [B, H, q, D] and return all keys and values [B, H, n_tokens, D].
 
         The new tokens, and those that were exact before the call, come back bit for bit.
@@ -113,19 +121,27 @@ class CompressedLayer(DynamicLayer):
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
         for name, states in (("keys", key_states), ("values", value_states)):
             if states.dim() != 4:
-                raise ShapeError(f"{name} have the shape {list(states.shape)}, expected [batch, heads, tokens, head_dim]")
+                raise ShapeError(
+                    f"{name} have the shape {list(states.shape)}, expected [batch, heads, tokens, head_dim]"
+                )
         if key_states.device != value_states.device:
             raise DeviceError(f"keys are on {key_states.device}, values on {value_states.device}")
         if key_states.dtype != value_states.dtype:
             raise DtypeError(f"keys are {key_states.dtype}, values {value_states.dtype}")
         if key_states.shape[:3] != value_states.shape[:3]:
-            raise ShapeError(f"keys of shape {list(key_states.shape)} with values of shape {list(value_states.shape)}")
+            raise ShapeError(
+                f"keys of shape {list(key_states.shape)} with values of shape {list(value_states.shape)}"
+            )
         if self._store is None:
             return
         if key_states.device != self.device:
-            raise DeviceError(f"the cache is on {self.device}, new keys are on {key_states.device}; call reset() first")
+            raise DeviceError(
+                f"the cache is on {self.device}, new keys are on {key_states.device}; call reset() first"
+            )
         if key_states.dtype != self.dtype:
-            raise DtypeError(f"the cache holds {self.dtype}, new keys are {key_states.dtype}; call reset() first")
+            raise DtypeError(
+                f"the cache holds {self.dtype}, new keys are {key_states.dtype}; call reset() first"
+            )
         if key_states.shape[0] != self._store.batch:
             raise ShapeError(
                 f"batch size is {key_states.shape[0]}, but this cache holds {self._store.batch}; use one cache for "

@@ -225,7 +225,7 @@ def convert_gguf(
 def _from_pretrained(
     location: str, device: str | torch.device, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, Any]:
-    model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(location)
     tokenizer.padding_side = "left"  # a decoder continues at the right end
     return model.to(device).eval(), tokenizer

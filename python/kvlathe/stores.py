@@ -61,7 +61,9 @@ def make_store(
 class NativeStore:
     """A `LayerStore` on the native cache; CPU tensors in float32, bfloat16 or float16."""
 
-    def __init__(self, key_codec: Any, value_codec: Any, policy: Policy, keys: Tensor, values: Tensor) -> None:
+    def __init__(
+        self, key_codec: Any, value_codec: Any, policy: Policy, keys: Tensor, values: Tensor
+    ) -> None:
         batch, n_heads, _, key_dim = keys.shape
         self._dims = (n_heads, key_dim, values.shape[-1])
         self._dtype = keys.dtype
@@ -196,7 +198,7 @@ class _Side:
     """Keys or values of a `TorchStore`."""
 
     def __init__(self, compressor: nn.Module, n_sinks: int, empty: Tensor) -> None:
-        self.compressor = compressor
+        self.compressor: Any = compressor
         self.is_coded = native_codec(compressor) is not None
         self.n_sinks = n_sinks if self.is_coded else 0
         # Stored forms of a known layout are joined to one run; a user's are kept run by run.

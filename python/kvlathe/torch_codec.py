@@ -83,7 +83,9 @@ class TorchStreamCodec:
             return x
         pairing, rotary_dim, inv_freq = self._rope
         n_blocks = x.shape[-3]
-        centres = position + self.block_len // 2 + self.block_len * torch.arange(n_blocks, dtype=torch.float64)
+        centres = (
+            position + self.block_len // 2 + self.block_len * torch.arange(n_blocks, dtype=torch.float64)
+        )
         angles = direction * centres[:, None] * torch.tensor(inv_freq, dtype=torch.float64)
         cos, sin = (t.to(torch.float32).to(x.device)[:, None, :] for t in (angles.cos(), angles.sin()))
         x = x.clone()
@@ -105,7 +107,9 @@ class TorchStreamCodec:
         batch, heads, n_tokens, d = x.shape
         blocks = x.to(torch.float32).view(batch, heads, n_tokens // self.block_len, self.block_len, d)
         blocks = self._turn(blocks, position, -1)
-        return torch.cat([self._encode_head(head, blocks[:, h]) for h, head in enumerate(self._heads)], dim=-1)
+        return torch.cat(
+            [self._encode_head(head, blocks[:, h]) for h, head in enumerate(self._heads)], dim=-1
+        )
 
     def _encode_head(self, head: _Head, x: Tensor) -> Tensor:
         mean_square = x.square().sum(-1) / self.head_dim

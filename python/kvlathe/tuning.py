@@ -51,7 +51,9 @@ class TuneOptions:
             raise BudgetError("no budget: give target_ppl_delta, target_kld or both")
         for name, value in (("target_ppl_delta", self.target_ppl_delta), ("target_kld", self.target_kld)):
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise BudgetError(f"{name} is {value}, expected a positive number (0.05 stands for +5 % perplexity)")
+                raise BudgetError(
+                    f"{name} is {value}, expected a positive number (0.05 stands for +5 % perplexity)"
+                )
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,9 @@ def tune(
             f"(bounds of {100 * options.confidence:.0f} % confidence). Raise the budget, or measure on more windows "
             f"if the bounds are much above the means"
         )
-    tuned = preset.with_bits(best.bits_per_value + 1e-9).with_measured(record(best, curve, corpus.name, options))
+    tuned = preset.with_bits(best.bits_per_value + 1e-9).with_measured(
+        record(best, curve, corpus.name, options)
+    )
     return TuneResult(tuned, tuple(curve), best)
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ def _attention_function(
         key,
         value,
         plan,
-        layer_idx=int(module.layer_idx),
+        layer_idx=cast(int, module.layer_idx),
         scaling=scaling,
         attention_mask=attention_mask,
         softcap=softcap,
@@ -95,7 +95,7 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 def _configs(model: PreTrainedModel) -> list[Any]:
     """Every config object that names an attention implementation in this model, each once."""
-    pending = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    pending: list[Any] = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     found: dict[int, Any] = {}
     while pending:
         config = pending.pop()

@@ -26,7 +26,9 @@ impl StreamSetCodec {
         if shape[1] != heads || shape[3] != d || !shape[2].is_multiple_of(len) {
             return Err(exception(
                 "ShapeError",
-                format!("tensor of shape {shape:?}, expected [batch, {heads}, a multiple of {len} tokens, {d}]"),
+                format!(
+                    "tensor of shape {shape:?}, expected [batch, {heads}, a multiple of {len} tokens, {d}]"
+                ),
             ));
         }
         Ok(())
@@ -43,7 +45,12 @@ impl StreamSetCodec {
     }
 }
 
-fn encode_all<E: Element>(set: &StreamSet, view: &TensorView<'_, E>, position: usize, packed: &mut [u8]) -> Result<(), CacheError> {
+fn encode_all<E: Element>(
+    set: &StreamSet,
+    view: &TensorView<'_, E>,
+    position: usize,
+    packed: &mut [u8],
+) -> Result<(), CacheError> {
     let (len, bytes) = (set.block_len(), set.block_bytes());
     let n_blocks = view.n_tokens() / len;
     let mut scratch = Scratch::default();
@@ -57,7 +64,13 @@ fn encode_all<E: Element>(set: &StreamSet, view: &TensorView<'_, E>, position: u
             }
             let tokens = Tokens { data: &tokens, token_stride: set.head_dim() };
             let turn_back = frame.as_ref().map(|(back, _)| back);
-            stream.encode_block(best_isa(), tokens, turn_back, &mut block[set.head_range(head)], &mut scratch)?;
+            stream.encode_block(
+                best_isa(),
+                tokens,
+                turn_back,
+                &mut block[set.head_range(head)],
+                &mut scratch,
+            )?;
         }
     }
     Ok(())
@@ -129,7 +142,10 @@ impl StreamSetCodec {
     /// The coding tables of one head, as little-endian float32 (and one byte a width), for other implementations.
     fn tables<'py>(&self, py: Python<'py>, head: usize) -> PyResult<Bound<'py, PyDict>> {
         let stream = self.0.streams().get(head).ok_or_else(|| {
-            exception("ShapeError", format!("head {head} does not exist, there are {}", self.0.streams().len()))
+            exception(
+                "ShapeError",
+                format!("head {head} does not exist, there are {}", self.0.streams().len()),
+            )
         })?;
         let tables = PyDict::new(py);
         let widths: Vec<u8> = stream.coded_widths().map(|width| width.bits() as u8).collect();
@@ -144,7 +160,13 @@ impl StreamSetCodec {
 
     /// Encodes `x` `[batch, heads, tokens, head_dim]`, whose first token has the given position, into `packed`
     /// `[batch, tokens / block_len, block_bytes]` uint8.
-    fn encode(&self, py: Python<'_>, x: &Bound<'_, PyAny>, position: usize, packed: &Bound<'_, PyAny>) -> PyResult<()> {
+    fn encode(
+        &self,
+        py: Python<'_>,
+        x: &Bound<'_, PyAny>,
+        position: usize,
+        packed: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
         let (x, packed) = (RawTensor::new(x, "the vectors", 4)?, RawTensor::new(packed, "packed blocks", 3)?);
         self.check_blocks(&x.shape)?;
         self.check_packed(&packed, &x)?;
@@ -158,8 +180,15 @@ impl StreamSetCodec {
     }
 
     /// Decodes what `encode` gave into the contiguous `out` `[batch, heads, tokens, head_dim]`.
-    fn decode(&self, py: Python<'_>, packed: &Bound<'_, PyAny>, position: usize, out: &Bound<'_, PyAny>) -> PyResult<()> {
-        let (packed, out) = (RawTensor::new(packed, "packed blocks", 3)?, RawTensor::new(out, "the output", 4)?);
+    fn decode(
+        &self,
+        py: Python<'_>,
+        packed: &Bound<'_, PyAny>,
+        position: usize,
+        out: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let (packed, out) =
+            (RawTensor::new(packed, "packed blocks", 3)?, RawTensor::new(out, "the output", 4)?);
         self.check_blocks(&out.shape)?;
         self.check_packed(&packed, &out)?;
         let n_blocks = packed.shape[1];
@@ -185,7 +214,10 @@ impl LowRankCodec {
             8 => Storage::Int8,
             16 => Storage::Float16,
             other => {
-                return Err(exception("ShapeError", format!("bits is {other}, expected 8 (int8) or 16 (float16)")));
+                return Err(exception(
+                    "ShapeError",
+                    format!("bits is {other}, expected 8 (int8) or 16 (float16)"),
+                ));
             }
         };
         let (u, mean) = (RawTensor::new(u, "U", 2)?, RawTensor::new(mean, "mean", 1)?);
@@ -220,7 +252,8 @@ impl LowRankCodec {
 
     /// Decodes `[n, vector_bytes]` uint8 into contiguous vectors `[n, head_dim]`.
     fn decode(&self, py: Python<'_>, coded: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>) -> PyResult<()> {
-        let (coded, out) = (RawTensor::new(coded, "coded vectors", 2)?, RawTensor::new(out, "the output", 2)?);
+        let (coded, out) =
+            (RawTensor::new(coded, "coded vectors", 2)?, RawTensor::new(out, "the output", 2)?);
         self.check(&out, &coded)?;
         let (d, bytes) = (self.0.head_dim(), self.0.vector_bytes());
         with_element!(out.dtype()?, E => {

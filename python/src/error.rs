@@ -24,13 +24,13 @@ pub(crate) fn to_python(error: impl Into<Error>) -> PyErr {
     let name = match &error {
         Error::Preset(_) | Error::SeedPreset { .. } => "PresetError",
         Error::Rate { .. } => "BudgetError",
-        Error::Codec(inner) | Error::Cache(CacheError::Codec(inner)) | Error::Calib(CalibError::Codec(inner)) => {
-            match inner {
-                CodecError::BadActivation { .. } | CodecError::NonFiniteParameter { .. } => "NonFiniteError",
-                CodecError::Range { .. } | CodecError::Length { .. } => "ShapeError",
-                _ => "PresetError",
-            }
-        }
+        Error::Codec(inner)
+        | Error::Cache(CacheError::Codec(inner))
+        | Error::Calib(CalibError::Codec(inner)) => match inner {
+            CodecError::BadActivation { .. } | CodecError::NonFiniteParameter { .. } => "NonFiniteError",
+            CodecError::Range { .. } | CodecError::Length { .. } => "ShapeError",
+            _ => "PresetError",
+        },
         Error::Cache(_) => "ShapeError",
         Error::Calib(CalibError::NonFinite { .. }) => "NonFiniteError",
         Error::Calib(CalibError::Length { .. } | CalibError::Index { .. }) => "ShapeError",

@@ -63,7 +63,10 @@ impl NativeLayer {
     fn tensor(&self, tensor: &Bound<'_, PyAny>, what: &str) -> PyResult<RawTensor> {
         let raw = RawTensor::new(tensor, what, 4)?;
         if raw.dtype()? != self.dtype {
-            let message = format!("{what} are of another dtype than this cache holds ({:?}); call reset() first", self.dtype);
+            let message = format!(
+                "{what} are of another dtype than this cache holds ({:?}); call reset() first",
+                self.dtype
+            );
             return Err(exception("DtypeError", message));
         }
         Ok(raw)
@@ -117,7 +120,13 @@ impl NativeLayer {
     }
 
     /// Appends `[batch, heads, tokens, head_dim]` keys and values.
-    fn append(&mut self, py: Python<'_>, keys: &Bound<'_, PyAny>, values: &Bound<'_, PyAny>, n_threads: usize) -> PyResult<()> {
+    fn append(
+        &mut self,
+        py: Python<'_>,
+        keys: &Bound<'_, PyAny>,
+        values: &Bound<'_, PyAny>,
+        n_threads: usize,
+    ) -> PyResult<()> {
         let (keys, values) = (self.tensor(keys, "keys")?, self.tensor(values, "values")?);
         with_layer!(&mut self.layer, layer, E => {
             // SAFETY: dtypes were checked; both tensors are arguments of this call and so alive until it returns.
@@ -132,7 +141,13 @@ impl NativeLayer {
     }
 
     /// Writes all tokens to the front of two contiguous tensors `[batch, heads, ≥ n_tokens, head_dim]`.
-    fn read(&self, py: Python<'_>, keys: &Bound<'_, PyAny>, values: &Bound<'_, PyAny>, n_threads: usize) -> PyResult<()> {
+    fn read(
+        &self,
+        py: Python<'_>,
+        keys: &Bound<'_, PyAny>,
+        values: &Bound<'_, PyAny>,
+        n_threads: usize,
+    ) -> PyResult<()> {
         let (keys, values) = (self.tensor(keys, "keys")?, self.tensor(values, "values")?);
         let (key_tokens, value_tokens) = (keys.shape[2], values.shape[2]);
         with_layer!(&self.layer, layer, E => {

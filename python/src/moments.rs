@@ -50,7 +50,10 @@ impl Moments {
     #[new]
     fn new(n_kv_heads: usize, head_dim: usize, ropes: Vec<Option<RopeTuple>>) -> PyResult<Self> {
         if n_kv_heads == 0 || head_dim == 0 || ropes.is_empty() {
-            return Err(exception("ShapeError", "a model has at least one layer, KV head and component".into()));
+            return Err(exception(
+                "ShapeError",
+                "a model has at least one layer, KV head and component".into(),
+            ));
         }
         let ropes = ropes.into_iter().map(|r| r.map(rope).transpose()).collect::<PyResult<Vec<_>>>()?;
         let shape = ModelShape { n_layers: ropes.len(), n_kv_heads, head_dim, ropes };
@@ -90,7 +93,13 @@ impl Moments {
     }
 
     /// Adds `[n_kv_heads, group · n_tokens, head_dim]` float32 queries of one layer.
-    fn add_queries(&mut self, layer: usize, first_position: usize, n_tokens: usize, q: &Bound<'_, PyAny>) -> PyResult<()> {
+    fn add_queries(
+        &mut self,
+        layer: usize,
+        first_position: usize,
+        n_tokens: usize,
+        q: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
         let q = RawTensor::new(q, "queries", 3)?;
         self.0.add_queries(layer, first_position, n_tokens, float32(&q, "queries")?).map_err(to_python)
     }

@@ -13,6 +13,9 @@ use crate::error::{exception, to_python};
 #[pyclass(frozen, module = "kvlathe._native")]
 pub(crate) struct Preset(pub(crate) PresetData);
 
+/// Rank, U and mean of a shared basis, the arrays as float32 bytes.
+type SharedArrays<'py> = (usize, Bound<'py, PyBytes>, Bound<'py, PyBytes>);
+
 /// The fingerprint of a model's config (JSON): what decides the contents of its cache.
 #[pyfunction]
 pub(crate) fn fingerprint(config_json: &str) -> PyResult<String> {
@@ -20,7 +23,8 @@ pub(crate) fn fingerprint(config_json: &str) -> PyResult<String> {
 }
 
 fn parse(text: &str, what: &str) -> PyResult<Value> {
-    serde_json::from_str(text).map_err(|error| exception("PresetError", format!("{what} is not JSON: {error}")))
+    serde_json::from_str(text)
+        .map_err(|error| exception("PresetError", format!("{what} is not JSON: {error}")))
 }
 
 fn field<'a>(value: &'a Value, key: &str) -> PyResult<&'a Value> {
@@ -184,7 +188,7 @@ impl Preset {
         py: Python<'py>,
         layer: usize,
         side_name: &str,
-    ) -> PyResult<Option<(usize, Bound<'py, PyBytes>, Bound<'py, PyBytes>)>> {
+    ) -> PyResult<Option<SharedArrays<'py>>> {
         self.check_layer(layer)?;
         let bytes = |values: &[f32]| {
             let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();

@@ -44,7 +44,10 @@ impl RawTensor {
     pub(crate) fn new(tensor: &Bound<'_, PyAny>, what: &str, n_dims: usize) -> PyResult<Self> {
         let device: String = tensor.getattr("device")?.getattr("type")?.extract()?;
         if device != "cpu" {
-            return Err(exception("DeviceError", format!("{what} are on {device}, the native code works on the cpu")));
+            return Err(exception(
+                "DeviceError",
+                format!("{what} are on {device}, the native code works on the cpu"),
+            ));
         }
         let shape: Vec<usize> = tensor.getattr("shape")?.extract()?;
         if shape.len() != n_dims {
@@ -108,6 +111,7 @@ impl RawTensor {
     ///
     /// # Safety
     /// As [`RawTensor::slice`], and nothing else may read or write the tensor meanwhile.
+    #[expect(clippy::mut_from_ref, reason = "the memory is torch's; self only describes it")]
     pub(crate) unsafe fn slice_mut<T>(&self, what: &str) -> PyResult<&mut [T]> {
         if !self.is_contiguous() {
             return Err(exception("ShapeError", format!("{what} must be contiguous")));

@@ -8,7 +8,9 @@ use thiserror::Error;
 #[non_exhaustive]
 pub enum CacheError {
     /// A tensor's shape does not fit the cache.
-    #[error("{what} is {given}, but this cache holds {expected}; use one cache for one batch and call reset() for the next")]
+    #[error(
+        "{what} is {given}, but this cache holds {expected}; use one cache for one batch and call reset() for the next"
+    )]
     Shape {
         /// Which dimension.
         what: &'static str,
@@ -44,7 +46,9 @@ pub enum CacheError {
         rows: usize,
     },
     /// Keys and values of a layer are coded in blocks of different length.
-    #[error("keys are coded in blocks of {key} tokens and values in blocks of {value}; calibrate both with one block length")]
+    #[error(
+        "keys are coded in blocks of {key} tokens and values in blocks of {value}; calibrate both with one block length"
+    )]
     BlockLen {
         /// Keys' block length.
         key: usize,

@@ -70,9 +70,16 @@ impl<E: Element> LayerCache<E> {
             return Err(CacheError::BlockLen { key: k.block_len(), value: v.block_len() });
         }
         if batch == 0 || n_heads == 0 || key_dim == 0 || value_dim == 0 {
-            return Err(CacheError::Shape { what: "the smallest of batch, heads and head_dim", given: 0, expected: 1 });
+            return Err(CacheError::Shape {
+                what: "the smallest of batch, heads and head_dim",
+                given: 0,
+                expected: 1,
+            });
         }
-        let row = Row { key: SideRow::new(&key, n_heads, key_dim), value: SideRow::new(&value, n_heads, value_dim) };
+        let row = Row {
+            key: SideRow::new(&key, n_heads, key_dim),
+            value: SideRow::new(&value, n_heads, value_dim),
+        };
         Ok(Self { key, value, policy, rows: vec![row; batch], n_heads, key_dim, value_dim, n_tokens: 0 })
     }
 
@@ -100,13 +107,16 @@ impl<E: Element> LayerCache<E> {
     /// Another batch size, heads or head_dim than the cache's, keys and values of different length, NaN or infinity
     /// on a side that is coded. The cache is unchanged then.
     pub fn append(&mut self, keys: TensorView<'_, E>, values: TensorView<'_, E>) -> Result<()> {
-        for (view, dim, what) in
-            [(&keys, self.key_dim, "head_dim of the keys"), (&values, self.value_dim, "head_dim of the values")]
-        {
+        for (view, dim, what) in [
+            (&keys, self.key_dim, "head_dim of the keys"),
+            (&values, self.value_dim, "head_dim of the values"),
+        ] {
             let [batch, heads, _, d] = view.shape();
-            for (what, given, expected) in
-                [("batch size", batch, self.batch()), ("the number of KV heads", heads, self.n_heads), (what, d, dim)]
-            {
+            for (what, given, expected) in [
+                ("batch size", batch, self.batch()),
+                ("the number of KV heads", heads, self.n_heads),
+                (what, d, dim),
+            ] {
                 if given != expected {
                     return Err(CacheError::Shape { what, given, expected });
                 }
@@ -168,7 +178,13 @@ impl<E: Element> LayerCache<E> {
         self.read(out, out_tokens, self.value_dim, |row| &row.value)
     }
 
-    fn read(&self, out: &mut [E], out_tokens: usize, dim: usize, side: fn(&Row<E>) -> &SideRow<E>) -> Result<()> {
+    fn read(
+        &self,
+        out: &mut [E],
+        out_tokens: usize,
+        dim: usize,
+        side: fn(&Row<E>) -> &SideRow<E>,
+    ) -> Result<()> {
         let expected = self.batch() * self.n_heads * out_tokens * dim;
         if out.len() != expected || out_tokens < self.n_tokens {
             return Err(CacheError::Buffer { what: "output", given: out.len(), expected });

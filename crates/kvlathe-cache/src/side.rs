@@ -40,7 +40,9 @@ impl Coding {
             Self::Blocks(set) => (set.streams().len(), set.head_dim()),
             Self::LowRank(coder) => (n_heads, coder.head_dim()),
         };
-        for (what, given, expected) in [("the number of KV heads", n_heads, heads), ("head_dim", head_dim, dim)] {
+        for (what, given, expected) in
+            [("the number of KV heads", n_heads, heads), ("head_dim", head_dim, dim)]
+        {
             if given != expected {
                 return Err(CacheError::Shape { what, given, expected });
             }
@@ -209,7 +211,14 @@ impl<E: Element> SideRow<E> {
                     let mut scratch = Scratch::default();
                     let mut decoded = vec![vec![E::default(); len * d]; set.streams().len()];
                     for (head, out) in decoded.iter_mut().enumerate() {
-                        blocks[whole].decode(set, head, n_sinks + whole * len, best_isa(), out, &mut scratch)?;
+                        blocks[whole].decode(
+                            set,
+                            head,
+                            n_sinks + whole * len,
+                            best_isa(),
+                            out,
+                            &mut scratch,
+                        )?;
                         out.truncate(partial * d);
                     }
                     self.tail.prepend(&decoded);

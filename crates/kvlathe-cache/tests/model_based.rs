@@ -17,8 +17,11 @@ fn eight_bit_basis(mean: f32) -> Basis {
 }
 
 fn blocks(rope: bool) -> Coding {
-    let rope = rope.then(|| Arc::new(Rope::new(Pairing::HalfSplit, DIM, vec![1.0, 0.1, 0.01, 0.001]).unwrap()));
-    Coding::Blocks(Arc::new(StreamSet::new(&[eight_bit_basis(0.1), eight_bit_basis(-0.2)], rope, BLOCK_LEN).unwrap()))
+    let rope =
+        rope.then(|| Arc::new(Rope::new(Pairing::HalfSplit, DIM, vec![1.0, 0.1, 0.01, 0.001]).unwrap()));
+    Coding::Blocks(Arc::new(
+        StreamSet::new(&[eight_bit_basis(0.1), eight_bit_basis(-0.2)], rope, BLOCK_LEN).unwrap(),
+    ))
 }
 
 fn low_rank() -> Coding {
@@ -137,7 +140,8 @@ proptest! {
 #[test]
 fn packed_memory_is_what_the_widths_say() {
     let policy = Policy { n_sinks: 4, compress_start_len: 0, n_tail: 16 };
-    let mut cache = LayerCache::<bf16>::new(blocks(true), blocks(false), policy, 1, HEADS, (DIM, DIM)).unwrap();
+    let mut cache =
+        LayerCache::<bf16>::new(blocks(true), blocks(false), policy, 1, HEADS, (DIM, DIM)).unwrap();
     let n = 4 + 16 + 100 * BLOCK_LEN;
     let data: Vec<bf16> = (0..HEADS * n * DIM).map(|i| bf16::from_f32((i as f32).sin())).collect();
     let view = TensorView::contiguous(&data, [1, HEADS, n, DIM]).unwrap();
@@ -147,7 +151,10 @@ fn packed_memory_is_what_the_widths_say() {
     let memory = cache.memory_use();
     // 8 tokens × (8 components × 8 bits + 16 bits) × 2 heads = 160 bytes, padded to 192, plus 40 of bookkeeping.
     assert_eq!(memory.coded_bytes, 2 * 100 * (192 + 40));
-    assert!(memory.exact_bytes <= 2 * HEADS * DIM * 2 * (4 + 16 + 64), "the exact copy of the prompt is gone");
+    assert!(
+        memory.exact_bytes <= 2 * HEADS * DIM * 2 * (4 + 16 + 64),
+        "the exact copy of the prompt is gone"
+    );
 
     // Four beams that share their past cost their tails, not their blocks.
     let alone = cache.memory_use();
@@ -158,10 +165,13 @@ fn packed_memory_is_what_the_widths_say() {
 #[test]
 fn refused_input_changes_nothing() {
     let policy = Policy { n_sinks: 0, compress_start_len: 0, n_tail: 0 };
-    let mut cache = LayerCache::<f32>::new(blocks(false), Coding::Exact, policy, 1, HEADS, (DIM, DIM)).unwrap();
+    let mut cache =
+        LayerCache::<f32>::new(blocks(false), Coding::Exact, policy, 1, HEADS, (DIM, DIM)).unwrap();
     let mut data = vec![1.0f32; HEADS * 3 * DIM];
     let shape = [1, HEADS, 3, DIM];
-    cache.append(TensorView::contiguous(&data, shape).unwrap(), TensorView::contiguous(&data, shape).unwrap()).unwrap();
+    cache
+        .append(TensorView::contiguous(&data, shape).unwrap(), TensorView::contiguous(&data, shape).unwrap())
+        .unwrap();
     data[DIM * 4] = f32::INFINITY;
     let bad = TensorView::contiguous(&data, shape).unwrap();
     let message = cache.append(bad, bad).unwrap_err().to_string();
@@ -175,7 +185,10 @@ fn refused_input_changes_nothing() {
 #[test]
 fn codecs_of_another_model_are_refused() {
     let wrong = |key, value, heads, dim| {
-        LayerCache::<f32>::new(key, value, Policy::default(), 1, heads, (dim, dim)).err().expect("refused").to_string()
+        LayerCache::<f32>::new(key, value, Policy::default(), 1, heads, (dim, dim))
+            .err()
+            .expect("refused")
+            .to_string()
     };
     assert!(wrong(blocks(false), Coding::Exact, 3, DIM).contains("KV heads is 3"));
     assert!(wrong(Coding::Exact, low_rank(), HEADS, 16).contains("head_dim is 16"));

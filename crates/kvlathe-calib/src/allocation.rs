@@ -26,7 +26,8 @@ pub fn allocate(importances: &[f32], mean_bits: f64) -> Result<Allocation> {
     if !(0.0..=8.0).contains(&mean_bits) {
         return Err(CalibError::Bits { given: mean_bits });
     }
-    let mut upgrades: Vec<(f64, u32, Width, usize)> = Vec::with_capacity(importances.len() * (WIDTHS.len() - 1));
+    let mut upgrades: Vec<(f64, u32, Width, usize)> =
+        Vec::with_capacity(importances.len() * (WIDTHS.len() - 1));
     for (at, &importance) in importances.iter().enumerate() {
         for pair in WIDTHS.windows(2) {
             let bits = pair[1].bits() - pair[0].bits();
@@ -62,9 +63,13 @@ mod tests {
             for code in 0..256usize {
                 let widths: Vec<Width> = (0..4).map(|i| WIDTHS[(code >> (2 * i)) & 3]).collect();
                 let bits: usize = widths.iter().map(|w| w.bits()).sum();
-                let cost: f64 = importances.iter().zip(&widths).map(|(&l, w)| f64::from(l) * w.distortion()).sum();
+                let cost: f64 =
+                    importances.iter().zip(&widths).map(|(&l, w)| f64::from(l) * w.distortion()).sum();
                 let spent = (got.mean_bits * 4.0).round() as usize;
-                assert!(bits > spent || cost >= got.cost - 1e-12, "budget {budget}: {widths:?} beats {got:?}");
+                assert!(
+                    bits > spent || cost >= got.cost - 1e-12,
+                    "budget {budget}: {widths:?} beats {got:?}"
+                );
             }
         }
     }

@@ -121,7 +121,11 @@ fn metric_matrix(moments: &StreamMoments, rope: Option<&Rope>, metric: &Metric) 
 ///
 /// # Errors
 /// A rank outside 1..=head_dim, fewer vectors than two a component.
-pub fn design_shared(moments: &SharedMoments, rank: usize, storage: Storage) -> Result<(LowRank, Vec<f32>, Vec<f32>)> {
+pub fn design_shared(
+    moments: &SharedMoments,
+    rank: usize,
+    storage: Storage,
+) -> Result<(LowRank, Vec<f32>, Vec<f32>)> {
     let d = moments.head_dim;
     if moments.n_vectors < 2 * d as u64 {
         return Err(CalibError::TooFewTokens { given: moments.n_vectors, head_dim: d, needed: 2 * d as u64 });
@@ -135,7 +139,8 @@ pub fn design_shared(moments: &SharedMoments, rank: usize, storage: Storage) -> 
         }
     }
     let (_, vectors) = eigen(&covariance, d, "covariance")?;
-    let u: Vec<f32> = (0..d).flat_map(|i| vectors[i * d..i * d + rank.min(d)].iter().map(|v| *v as f32)).collect();
+    let u: Vec<f32> =
+        (0..d).flat_map(|i| vectors[i * d..i * d + rank.min(d)].iter().map(|v| *v as f32)).collect();
     let mean: Vec<f32> = mean.iter().map(|v| *v as f32).collect();
     let coder = LowRank::new(&u, &mean, rank, storage)?;
     Ok((coder, u, mean))

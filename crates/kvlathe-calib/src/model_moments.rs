@@ -77,12 +77,19 @@ impl ModelMoments {
     /// A number of ropes other than of layers.
     pub fn new(shape: ModelShape) -> Result<Self> {
         if shape.ropes.len() != shape.n_layers {
-            return Err(CalibError::Length { what: "ropes", given: shape.ropes.len(), expected: shape.n_layers });
+            return Err(CalibError::Length {
+                what: "ropes",
+                given: shape.ropes.len(),
+                expected: shape.n_layers,
+            });
         }
         let heads = || vec![StreamMoments::new(shape.head_dim); shape.n_kv_heads];
         Ok(Self {
             streams: (0..shape.n_layers).map(|_| [heads(), heads()]).collect(),
-            shared: vec![[SharedMoments::new(shape.head_dim), SharedMoments::new(shape.head_dim)]; shape.n_layers],
+            shared: vec![
+                [SharedMoments::new(shape.head_dim), SharedMoments::new(shape.head_dim)];
+                shape.n_layers
+            ],
             shape,
         })
     }
@@ -110,7 +117,11 @@ impl ModelMoments {
         let n_tokens = per_head / head_dim;
         if let Some(g) = window.gradients {
             if g.len() != window.x.len() {
-                return Err(CalibError::Length { what: "the gradients", given: g.len(), expected: window.x.len() });
+                return Err(CalibError::Length {
+                    what: "the gradients",
+                    given: g.len(),
+                    expected: window.x.len(),
+                });
             }
             if g.iter().any(|v| !v.is_finite()) {
                 return Err(CalibError::NonFinite { layer: window.layer, what: "gradients" });
@@ -130,7 +141,13 @@ impl ModelMoments {
     ///
     /// # Errors
     /// Wrong lengths or layer, NaN or infinity.
-    pub fn add_queries(&mut self, layer: usize, first_position: usize, n_tokens: usize, q: &[f32]) -> Result<()> {
+    pub fn add_queries(
+        &mut self,
+        layer: usize,
+        first_position: usize,
+        n_tokens: usize,
+        q: &[f32],
+    ) -> Result<()> {
         let ModelShape { n_kv_heads, head_dim, .. } = self.shape;
         self.check(layer, q)?;
         let turn_back = self.turn_back(layer, Side::Key, first_position, n_tokens);
@@ -143,9 +160,17 @@ impl ModelMoments {
         Ok(())
     }
 
-    fn turn_back(&self, layer: usize, side: Side, first_position: usize, n_tokens: usize) -> Option<TurnBack> {
+    fn turn_back(
+        &self,
+        layer: usize,
+        side: Side,
+        first_position: usize,
+        n_tokens: usize,
+    ) -> Option<TurnBack> {
         match side {
-            Side::Key => self.shape.ropes[layer].as_ref().map(|rope| TurnBack::new(rope, first_position, n_tokens)),
+            Side::Key => {
+                self.shape.ropes[layer].as_ref().map(|rope| TurnBack::new(rope, first_position, n_tokens))
+            }
             Side::Value => None,
         }
     }
@@ -192,7 +217,11 @@ impl ModelMoments {
         let d = self.shape.head_dim;
         for (layer, heads) in output_gram.iter().enumerate() {
             if heads.len() != self.shape.n_kv_heads || heads.iter().any(|g| g.len() != d * d) {
-                return Err(CalibError::Index { what: "output Gram matrices of layer", given: layer, count: heads.len() });
+                return Err(CalibError::Index {
+                    what: "output Gram matrices of layer",
+                    given: layer,
+                    count: heads.len(),
+                });
             }
         }
         if output_gram.len() != self.shape.n_layers {
@@ -234,7 +263,8 @@ impl ModelMoments {
             .into_par_iter()
             .map(|layer| {
                 let shared = |side: Side| -> Result<(Vec<f32>, Vec<f32>)> {
-                    let (_, u, mean) = design_shared(&self.shared[layer][side as usize], shared_rank, Storage::Int8)?;
+                    let (_, u, mean) =
+                        design_shared(&self.shared[layer][side as usize], shared_rank, Storage::Int8)?;
                     Ok((u, mean))
                 };
                 Ok(LayerDesign {

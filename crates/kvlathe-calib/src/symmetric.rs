@@ -46,7 +46,8 @@ pub(crate) fn eigen(matrix: &[f64], d: usize, what: &'static str) -> Result<(Vec
         // faer sorts rising.
         let column = d - 1 - rank;
         values[rank] = s[column];
-        let largest = (0..d).map(|i| u[(i, column)]).fold(0.0f64, |m, v| if v.abs() > m.abs() { v } else { m });
+        let largest =
+            (0..d).map(|i| u[(i, column)]).fold(0.0f64, |m, v| if v.abs() > m.abs() { v } else { m });
         let sign = if largest < 0.0 { -1.0 } else { 1.0 };
         for i in 0..d {
             vectors[i * d + rank] = sign * u[(i, column)];

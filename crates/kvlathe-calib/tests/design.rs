@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use kvlathe_calib::{DesignOptions, Metric, ModelMoments, ModelShape, Side, StreamMoments, TurnBack, Window, design_stream};
+use kvlathe_calib::{
+    DesignOptions, Metric, ModelMoments, ModelShape, Side, StreamMoments, TurnBack, Window, design_stream,
+};
 use kvlathe_codec::{Pairing, Rope};
 
 /// Roughly Gaussian noise (sum of twelve uniforms), deterministic.
@@ -50,8 +52,9 @@ fn coefficients_are_uncorrelated_with_unit_variance() {
     for i in 0..d {
         assert!((mean[i] - f64::from(basis.mean[i])).abs() < 1e-5);
         for j in 0..d {
-            let v: f64 =
-                (0..d).map(|k| f64::from(basis.synthesis[i * d + k]) * f64::from(basis.synthesis[j * d + k])).sum();
+            let v: f64 = (0..d)
+                .map(|k| f64::from(basis.synthesis[i * d + k]) * f64::from(basis.synthesis[j * d + k]))
+                .sum();
             assert!((v - (outer[i * d + j] - mean[i] * mean[j])).abs() < 1e-4, "({i}, {j})");
         }
     }
@@ -72,7 +75,10 @@ fn turning_back_removes_rope() {
     b.add(&rotated, None, Some(&TurnBack::new(&rope, 100, n))).unwrap();
     let options = DesignOptions { block_len: 8, shrinkage: 1.0 };
     let metric = Metric::Given((0..d * d).map(|i| f64::from(u8::from(i % (d + 1) == 0))).collect());
-    let (a, b) = (design_stream(&a, None, &metric, &options).unwrap(), design_stream(&b, None, &metric, &options).unwrap());
+    let (a, b) = (
+        design_stream(&a, None, &metric, &options).unwrap(),
+        design_stream(&b, None, &metric, &options).unwrap(),
+    );
     for (x, y) in a.importance.iter().zip(&b.importance) {
         assert!((x - y).abs() < 1e-3 * a.importance[0]);
     }

@@ -90,7 +90,8 @@ impl StreamTables {
             let step = f64::from(c.width.step());
             for j in 0..d {
                 tables.analysis[row * d + j] = (inverse[c.column * d + j] / step) as f32;
-                tables.synthesis[j * n_coded + row] = (f64::from(basis.synthesis[j * d + c.column]) * step) as f32;
+                tables.synthesis[j * n_coded + row] =
+                    (f64::from(basis.synthesis[j * d + c.column]) * step) as f32;
             }
             for t in 0..block_len {
                 let dot: f64 = (0..d)
@@ -162,7 +163,11 @@ fn check_basis(basis: &Basis, rope: Option<&Rope>, block_len: usize) -> Result<(
         return Err(CodecError::Range { what: "head_dim", given: d, expected: "1 to 1024" });
     }
     if !BLOCK_LENS.contains(&block_len) {
-        return Err(CodecError::Range { what: "block_len", given: block_len, expected: "8, 16, 32, 64, 128 or 256" });
+        return Err(CodecError::Range {
+            what: "block_len",
+            given: block_len,
+            expected: "8, 16, 32, 64, 128 or 256",
+        });
     }
     for (what, given, expected) in [
         ("the synthesis matrix", basis.synthesis.len(), d * d),
@@ -173,9 +178,11 @@ fn check_basis(basis: &Basis, rope: Option<&Rope>, block_len: usize) -> Result<(
             return Err(CodecError::Length { what, given, expected });
         }
     }
-    for (what, values) in
-        [("the mean", &basis.mean), ("the synthesis matrix", &basis.synthesis), ("importance", &basis.importance)]
-    {
+    for (what, values) in [
+        ("the mean", &basis.mean),
+        ("the synthesis matrix", &basis.synthesis),
+        ("importance", &basis.importance),
+    ] {
         if values.iter().any(|v| !v.is_finite()) {
             return Err(CodecError::NonFiniteParameter { what });
         }
@@ -183,7 +190,11 @@ fn check_basis(basis: &Basis, rope: Option<&Rope>, block_len: usize) -> Result<(
     if let Some(rope) = rope
         && rope.rotary_dim() > d
     {
-        return Err(CodecError::Range { what: "rotary_dim", given: rope.rotary_dim(), expected: "at most head_dim" });
+        return Err(CodecError::Range {
+            what: "rotary_dim",
+            given: rope.rotary_dim(),
+            expected: "at most head_dim",
+        });
     }
     Ok(())
 }

@@ -36,7 +36,9 @@ pub enum CodecError {
     #[error("the basis of this stream is singular, so nothing can be coded with it; calibrate again")]
     SingularBasis,
     /// The columns of a shared low-rank basis are not orthonormal.
-    #[error("the columns of U are not orthonormal: max |UᵀU - I| is {deviation:.2e}, at most {limit:.0e} is allowed")]
+    #[error(
+        "the columns of U are not orthonormal: max |UᵀU - I| is {deviation:.2e}, at most {limit:.0e} is allowed"
+    )]
     NotOrthonormal {
         /// Largest absolute entry of UᵀU - I.
         deviation: f64,

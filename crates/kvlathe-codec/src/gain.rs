@@ -47,7 +47,8 @@ pub fn gain_code(mean_square: f32) -> u16 {
         return 0;
     }
     // log2(γ) = log2(mean square) / 2
-    let code = (f64::from(mean_square).log2() * (0.5 * GAIN_CODES_PER_OCTAVE)).round() as i32 + GAIN_CODE_OF_ONE;
+    let code =
+        (f64::from(mean_square).log2() * (0.5 * GAIN_CODES_PER_OCTAVE)).round() as i32 + GAIN_CODE_OF_ONE;
     if code < 1 { 0 } else { code.min(MAX_GAIN_CODE) as u16 }
 }
 

@@ -50,9 +50,8 @@ pub fn encode(tables: &StreamTables, x: &[f32]) -> Vec<u8> {
             .collect();
 
         // Range guard: try the smallest step factor that clips nothing and a few below, keep the least weighted error.
-        let largest_ratio = (0..n_coded).fold(0.0f32, |m, i| {
-            m.max(z[i].abs() * (1.0 / tables.coded[i].width.half_levels() as f32))
-        });
+        let largest_ratio = (0..n_coded)
+            .fold(0.0f32, |m, i| m.max(z[i].abs() * (1.0 / tables.coded[i].width.half_levels() as f32)));
         let safe = smallest_safe_guard(largest_ratio);
         let mut best = (f32::INFINITY, safe);
         for k in 0..GUARD_CANDIDATES {

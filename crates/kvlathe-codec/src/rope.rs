@@ -39,10 +39,18 @@ impl Rope {
     /// An odd or empty `rotary_dim`, a wrong number of frequencies, or frequencies that are not finite.
     pub fn new(pairing: Pairing, rotary_dim: usize, inv_freq: Vec<f64>) -> Result<Self> {
         if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
-            return Err(CodecError::Range { what: "rotary_dim", given: rotary_dim, expected: "an even number, at least 2" });
+            return Err(CodecError::Range {
+                what: "rotary_dim",
+                given: rotary_dim,
+                expected: "an even number, at least 2",
+            });
         }
         if inv_freq.len() != rotary_dim / 2 {
-            return Err(CodecError::Length { what: "inv_freq", given: inv_freq.len(), expected: rotary_dim / 2 });
+            return Err(CodecError::Length {
+                what: "inv_freq",
+                given: inv_freq.len(),
+                expected: rotary_dim / 2,
+            });
         }
         if inv_freq.iter().any(|f| !f.is_finite()) {
             return Err(CodecError::NonFiniteParameter { what: "inv_freq" });

@@ -6,6 +6,9 @@ use crate::error::{CodecError, Result};
 use crate::kernels::{self, Isa, Scratch};
 use crate::rope::Rotation;
 
+/// Tokens that are transposed together; divides every block length.
+const TRANSPOSE_TOKENS: usize = 8;
+
 /// `block_len` consecutive tokens of one head: token t, component j is `data[t * token_stride + j]`.
 #[derive(Debug, Clone, Copy)]
 pub struct Tokens<'a, E> {
@@ -36,14 +39,20 @@ impl StreamTables {
         check_len("the tokens of a block", tokens.data.len(), tokens.token_stride.max(d) * (n - 1) + d)?;
         check_len("the packed block", packed.len(), self.block_bytes())?;
         scratch.fit(self);
-        for t in 0..n {
-            let token = &tokens.data[t * tokens.token_stride..t * tokens.token_stride + d];
-            for (j, value) in token.iter().enumerate() {
-                scratch.x[j * n + t] = value.to_f32();
+        for t in (0..n).step_by(TRANSPOSE_TOKENS) {
+            // A few tokens at a time: whole runs of a row are written, not single elements a row apart.
+            let rows: [&[E]; TRANSPOSE_TOKENS] = std::array::from_fn(|i| {
+                let at = (t + i) * tokens.token_stride;
+                &tokens.data[at..at + d]
+            });
+            for (j, row) in scratch.x.chunks_exact_mut(n).enumerate() {
+                for i in 0..TRANSPOSE_TOKENS {
+                    row[t + i] = rows[i][j].to_f32();
+                }
             }
         }
         if let Some(rotation) = turn_back {
-            rotation.apply_component_major(&mut scratch.x, n);
+            kernels::rotate(isa, rotation, &mut scratch.x, n);
         }
         kernels::encode(isa, self, scratch, packed);
         Ok(())
@@ -69,11 +78,14 @@ impl StreamTables {
         scratch.fit(self);
         kernels::decode(isa, self, packed, scratch);
         if let Some(rotation) = turn_forward {
-            rotation.apply_component_major(&mut scratch.x, n);
+            kernels::rotate(isa, rotation, &mut scratch.x, n);
         }
-        for (t, token) in out.chunks_exact_mut(d).enumerate() {
-            for (j, value) in token.iter_mut().enumerate() {
-                *value = E::from_f32(scratch.x[j * n + t]);
+        for (group, out) in out.chunks_exact_mut(d * TRANSPOSE_TOKENS).enumerate() {
+            for (j, row) in scratch.x.chunks_exact(n).enumerate() {
+                let values = &row[group * TRANSPOSE_TOKENS..(group + 1) * TRANSPOSE_TOKENS];
+                for (i, value) in values.iter().enumerate() {
+                    out[i * d + j] = E::from_f32(*value);
+                }
             }
         }
         Ok(())

@@ -22,7 +22,11 @@ impl StreamSet {
     /// No heads, heads of different head_dim, or what [`StreamTables::new`] refuses.
     pub fn new(bases: &[Basis], rope: Option<Arc<Rope>>, block_len: usize) -> Result<Self> {
         let Some(first) = bases.first() else {
-            return Err(CodecError::Range { what: "the number of KV heads", given: 0, expected: "at least 1" });
+            return Err(CodecError::Range {
+                what: "the number of KV heads",
+                given: 0,
+                expected: "at least 1",
+            });
         };
         for basis in bases {
             if basis.mean.len() != first.mean.len() {

@@ -66,7 +66,11 @@ impl TryFrom<u8> for Width {
             2 => Ok(Self::W2),
             4 => Ok(Self::W4),
             8 => Ok(Self::W8),
-            other => Err(CodecError::Range { what: "a coefficient's width", given: other.into(), expected: "0, 2, 4 or 8 bits" }),
+            other => Err(CodecError::Range {
+                what: "a coefficient's width",
+                given: other.into(),
+                expected: "0, 2, 4 or 8 bits",
+            }),
         }
     }
 }

@@ -2,8 +2,8 @@
 
 use kvlathe_codec::gain::{GUARD_SCALES, unpack_side};
 use kvlathe_codec::{
-    Basis, BLOCK_LENS, Pairing, Rope, Scratch, StreamTables, Tokens, WIDTHS, Width, available_isas, pack_row, reference,
-    row_bytes, unpack_row,
+    BLOCK_LENS, Basis, Pairing, Rope, Scratch, StreamTables, Tokens, WIDTHS, Width, available_isas, pack_row,
+    reference, row_bytes, unpack_row,
 };
 use proptest::prelude::*;
 
@@ -77,7 +77,12 @@ fn every_isa_gives_the_bytes_and_values_of_the_reference() {
             tables.decode_block(isa, &packed, None, &mut out, &mut scratch).unwrap();
             for t in 0..n {
                 for j in 0..d {
-                    assert_eq!(out[t * d + j].to_bits(), expected_values[j * n + t].to_bits(), "{}", isa.name());
+                    assert_eq!(
+                        out[t * d + j].to_bits(),
+                        expected_values[j * n + t].to_bits(),
+                        "{}",
+                        isa.name()
+                    );
                 }
             }
             // With the frame turned forward again, the decoded keys are near the originals.

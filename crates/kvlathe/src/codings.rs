@@ -24,7 +24,10 @@ pub struct LayerCodings {
 pub fn layer_codings(preset: &Preset) -> Result<Vec<LayerCodings>> {
     (0..preset.layers().len())
         .map(|layer| {
-            Ok(LayerCodings { key: coding(preset, layer, Side::Key)?, value: coding(preset, layer, Side::Value)? })
+            Ok(LayerCodings {
+                key: coding(preset, layer, Side::Key)?,
+                value: coding(preset, layer, Side::Value)?,
+            })
         })
         .collect()
 }
@@ -66,7 +69,8 @@ fn rope(description: &RopeDescription) -> Result<Rope> {
 }
 
 fn basis(stream: &StreamPreset) -> Result<Basis> {
-    let widths = stream.widths.iter().map(|&bits| Width::try_from(bits)).collect::<std::result::Result<_, _>>()?;
+    let widths =
+        stream.widths.iter().map(|&bits| Width::try_from(bits)).collect::<std::result::Result<_, _>>()?;
     Ok(Basis {
         mean: stream.mean.clone(),
         synthesis: stream.basis.clone(),

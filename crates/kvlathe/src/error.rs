@@ -19,7 +19,9 @@ pub enum Error {
     #[error(transparent)]
     Cache(#[from] kvlathe_cache::CacheError),
     /// A preset of the seed's kind where one with streams is needed.
-    #[error("the preset of {model} has no calibrated streams (a seed-style file), so {operation} cannot be done; calibrate one with `kvlathe tune`")]
+    #[error(
+        "the preset of {model} has no calibrated streams (a seed-style file), so {operation} cannot be done; calibrate one with `kvlathe tune`"
+    )]
     SeedPreset {
         /// The preset's model.
         model: String,
@@ -27,7 +29,9 @@ pub enum Error {
         operation: &'static str,
     },
     /// A rate below the side information.
-    #[error("{given:.3} bits a value cannot be reached, gain and guard alone take {least:.3} at this head_dim")]
+    #[error(
+        "{given:.3} bits a value cannot be reached, gain and guard alone take {least:.3} at this head_dim"
+    )]
     Rate {
         /// Asked for.
         given: f64,

@@ -1,10 +1,12 @@
-//! The portable text of the kernels. Loops over tokens are innermost and free of branches, for the vectoriser.
+//! The portable text of the kernels. Loops over tokens are innermost and free of branches, for the vectoriser, and
+//! there are no closures: the compiler would build them without the caller's instruction set.
 
 use super::Scratch;
 use super::multiply::Multiply;
 use crate::basis::StreamTables;
 use crate::block::{SIDE_BYTES_PER_TOKEN, pack_row, row_bytes, unpack_row};
 use crate::gain::{GUARD_SCALES, gain, gain_code, pack_side, unpack_side};
+use crate::rope::Rotation;
 use crate::reference::{GUARD_CANDIDATES, smallest_safe_guard};
 
 /// Tokens that are worked on together: every block length is a multiple, and eight f32 fill an AVX2 register.
@@ -14,6 +16,12 @@ type Lanes = [f32; LANES];
 #[inline(always)]
 fn load(values: &[f32], at: usize) -> Lanes {
     values[at..at + LANES].try_into().expect("a slice of LANES values")
+}
+
+/// Turns the block's frame vectors `x`, component-major with `n` tokens.
+#[inline(always)]
+pub(super) fn rotate<M: Multiply>(rotation: &Rotation, x: &mut [f32], n: usize) {
+    rotation.apply_component_major(x, n);
 }
 
 /// As [`crate::reference::encode`], from and into the buffers of `scratch`.
@@ -30,11 +38,13 @@ pub(super) fn encode<M: Multiply>(tables: &StreamTables, scratch: &mut Scratch, 
                 norms[l] = values[l].mul_add(values[l], norms[l]);
             }
         }
-        let gain_codes: [u16; LANES] = std::array::from_fn(|l| gain_code(norms[l] / d as f32));
-        let inverse_gains: Lanes = std::array::from_fn(|l| {
+        let mut gain_codes = [0u16; LANES];
+        let mut inverse_gains = [0.0f32; LANES];
+        for l in 0..LANES {
+            gain_codes[l] = gain_code(norms[l] / d as f32);
             let gain = gain(gain_codes[l]);
-            if gain > 0.0 { 1.0 / gain } else { 0.0 }
-        });
+            inverse_gains[l] = if gain > 0.0 { 1.0 / gain } else { 0.0 };
+        }
         let guards = normalise_and_guard(tables, z, t, &inverse_gains);
         for l in 0..LANES {
             let side = pack_side(gain_codes[l], guards[l]).to_le_bytes();
@@ -75,13 +85,21 @@ fn normalise_and_guard(tables: &StreamTables, z: &mut [f32], t: usize, inverse_g
             largest[l] = largest[l].max(z[l].abs() * inverse_half);
         }
     }
-    let safe = largest.map(smallest_safe_guard);
+    let mut safe = [0u8; LANES];
+    for l in 0..LANES {
+        safe[l] = smallest_safe_guard(largest[l]);
+    }
     let mut best_cost = [f32::INFINITY; LANES];
     let mut best = safe;
     for k in 0..GUARD_CANDIDATES {
-        let guards = safe.map(|g| g.saturating_sub(k));
-        let scales = guards.map(|g| GUARD_SCALES[usize::from(g)]);
-        let inverse_scales = scales.map(|s| 1.0 / s);
+        let mut guards = [0u8; LANES];
+        let mut scales = [0.0f32; LANES];
+        let mut inverse_scales = [0.0f32; LANES];
+        for l in 0..LANES {
+            guards[l] = safe[l].saturating_sub(k);
+            scales[l] = GUARD_SCALES[usize::from(guards[l])];
+            inverse_scales[l] = 1.0 / scales[l];
+        }
         let mut costs = [0.0f32; LANES];
         for i in 0..n_coded {
             let half = tables.coded[i].width.half_levels() as f32;

@@ -12,6 +12,7 @@ mod multiply_x86;
 pub use isa::{Isa, available_isas, best_isa};
 
 use crate::basis::StreamTables;
+use crate::rope::Rotation;
 
 /// Buffers that encoding and decoding reuse from block to block.
 #[derive(Debug, Default, Clone)]
@@ -62,6 +63,10 @@ macro_rules! for_each_isa {
     };
 }
 
+for_each_isa!(
+    /// Turns component-major vectors by one rotation.
+    rotate, rotate, (rotation: &Rotation, x: &mut [f32], n_tokens: usize)
+);
 for_each_isa!(
     /// Encodes the frame vectors in `scratch.x` into `packed`.
     encode, encode, (tables: &StreamTables, scratch: &mut Scratch, packed: &mut [u8])

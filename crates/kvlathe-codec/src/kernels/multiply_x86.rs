@@ -42,7 +42,9 @@ macro_rules! tiled_multiply {
                 for r in 0..ROWS {
                     for v in 0..VECTORS {
                         // SAFETY: (row + r)·n + column + VECTORS·lanes ≤ (row + ROWS)·n ≤ out.len(), asserted above.
-                        unsafe { $store(out.as_mut_ptr().add((row + r) * n + column + v * $lanes), sums[r][v]) };
+                        unsafe {
+                            $store(out.as_mut_ptr().add((row + r) * n + column + v * $lanes), sums[r][v])
+                        };
                     }
                 }
             }
@@ -113,10 +115,28 @@ fn narrow(a: &[f32], x: &[f32], out: &mut [f32], column: usize, m: usize, shape:
 }
 
 tiled_multiply!(
-    Avx2, "AVX2 and FMA.", "avx2,fma", 8, __m256,
-    _mm256_setzero_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_set1_ps, _mm256_fmadd_ps, 2
+    Avx2,
+    "AVX2 and FMA.",
+    "avx2,fma",
+    8,
+    __m256,
+    _mm256_setzero_ps,
+    _mm256_loadu_ps,
+    _mm256_storeu_ps,
+    _mm256_set1_ps,
+    _mm256_fmadd_ps,
+    2
 );
 tiled_multiply!(
-    Avx512, "AVX-512.", "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma", 16, __m512,
-    _mm512_setzero_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_set1_ps, _mm512_fmadd_ps, 8
+    Avx512,
+    "AVX-512.",
+    "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma",
+    16,
+    __m512,
+    _mm512_setzero_ps,
+    _mm512_loadu_ps,
+    _mm512_storeu_ps,
+    _mm512_set1_ps,
+    _mm512_fmadd_ps,
+    8
 );
