@@ -108,5 +108,5 @@ $(VENV)/.packages: python/requirements.lock python/requirements-model.lock $(VEN
 $(VENV)/.native: $(RUST_SOURCES) $(VENV)/.packages $(if $(wildcard python/kvlathe/_native*.so),,FORCE) | tools
 	@echo "setup: building the native module"
 	@cd python && VIRTUAL_ENV="$(CURDIR)/$(VENV)" PATH="$(CURDIR)/$(BIN):$$PATH" \
-		maturin develop --release --uv --quiet
+		maturin develop --release --uv --quiet >../$(VENV)/native.log 2>&1 || { cat ../$(VENV)/native.log >&2; exit 1; }
 	@touch $@

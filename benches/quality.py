@@ -54,9 +54,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def seed_cache(model: Any, calibration: Sequence[torch.Tensor], rank: int, n_layers: int) -> CompressedDynamicCache:
-    """The seed's V-only PCA, heads of a layer pooled, int8; computed here with torch alone."""
-    moments: dict[int, list[torch.Tensor]] = {}
+Moments = dict[int, list[torch.Tensor]]
+
+
+def value_moments(model: Any, calibration: Sequence[torch.Tensor]) -> Moments:
+    """Count, sum and second moment of each layer's values, heads pooled; computed here with torch alone."""
+    moments: Moments = {}
 
     def on_layer(layer: int, _q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor) -> None:
         x = v.flatten(0, 2).double()
@@ -67,6 +70,12 @@ def seed_cache(model: Any, calibration: Sequence[torch.Tensor], rank: int, n_lay
 
     for window in calibration:
         gradient_free_pass(model, window[None], on_layer)
+    return moments
+
+
+def seed_cache(moments: Moments, rank: int) -> CompressedDynamicCache:
+    """The seed's configuration: PCA of values, truncated to ``rank``, int8; keys exact."""
+    n_layers = len(moments)
     compressors = []
     for layer in range(n_layers):
         count, first, second = moments[layer]
@@ -125,10 +134,10 @@ def main() -> int:
             quality = evaluator.run(*coders(CompressedDynamicCache.from_preset(candidate)))
             name = f"kvlathe, {bits:g} bits + {side_bits:g}, {calibrated_on}"
             rows.append(row(name, candidate.bits_per_value, candidate.bits_per_value, quality))
-    n_layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
     head_dim = presets["same text"].meta["head_dim"]
+    moments = value_moments(model, same) if arguments.seed_ranks else {}
     for rank in arguments.seed_ranks:
-        quality = evaluator.run(*coders(seed_cache(model, same, rank, n_layers)))
+        quality = evaluator.run(*coders(seed_cache(moments, rank)))
         rows.append(row(f"seed: V only, rank {rank} of {head_dim}, int8", 16.0, (8 * rank + 32) / head_dim, quality))
     print(
         f"\n{loaded.name}, {len(judged)} windows of {arguments.window} tokens of {corpus.name}, "

@@ -31,6 +31,7 @@ from .errors import (
 from .preset import Preset
 
 if TYPE_CHECKING:
+    from .attachment import attach, detach
     from .cache import CompressedDynamicCache, load_preset_cache
     from .calibration import CalibrationOptions, calibrate
     from .compressors import IdentityCompressor, QuantizedCalibratedCompressor, StreamSetCompressor
@@ -43,6 +44,8 @@ __version__ = _version()
 
 # Where each name lives; importing it needs torch and transformers.
 _LAZY = {
+    "attach": "attachment",
+    "detach": "attachment",
     "CalibrationOptions": "calibration",
     "CompressedDynamicCache": "cache",
     "Corpus": "corpus",
@@ -84,9 +87,11 @@ __all__ = [
     "TuneOptions",
     "TuneResult",
     "__version__",
+    "attach",
     "calibrate",
     "corpus_from_files",
     "default_corpus",
+    "detach",
     "load_model",
     "load_preset_cache",
     "tune",

@@ -11,7 +11,10 @@ from transformers.cache_utils import DynamicLayer
 
 from .errors import DeviceError, DtypeError, ShapeError
 from .preset import Side
-from .stores import LayerStore, Policy, make_store
+from .stores import LayerStore, NativeStore, Policy, make_store
+
+# Longer runs of queries (prefill) go through dense attention: expanding a layer once serves all of them.
+_MOST_FUSED_QUERIES = 32
 
 
 class CompressedLayer(DynamicLayer):
@@ -41,6 +44,8 @@ class CompressedLayer(DynamicLayer):
         self.policy = policy
         self._wanted_device = device
         self.record_past = False
+        # Set by `attach`'s hook just before `update`: attention will come straight to `attend`.
+        self.attends_next = False
         super().__init__()
 
     # The protocol's `keys` and `values`: expanded on demand, never kept.
@@ -98,6 +103,9 @@ class CompressedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         store = self._store
         assert store is not None
+        attends, self.attends_next = self.attends_next, False
+        if attends and store.can_attend and store.n_coded and key_states.shape[2] <= _MOST_FUSED_QUERIES:
+            return self._update_for_attention(store, key_states, value_states)
         if self.record_past:
             # What a rollback could still remove was removed before this call; the rest may be coded now.
             store.compress()
@@ -117,6 +125,38 @@ class CompressedLayer(DynamicLayer):
         if not self.record_past:
             store.compress()
         return keys, values
+
+    def _update_for_attention(
+        self, store: LayerStore, key_states: Tensor, value_states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Add tokens and return stubs that stand for all of them; `attend` must follow."""
+        store.append(key_states, value_states)
+        batch, heads, _, _ = key_states.shape
+        stubs = []
+        for states in (key_states, value_states):
+            # One element seen through zero strides: the right shape without the memory.
+            stub = states.new_zeros(()).expand(batch, heads, store.n_tokens, states.shape[3])
+            stub.kvlathe_layer = self  # type: ignore[attr-defined]
+            stubs.append(stub)
+        return stubs[0], stubs[1]
+
+    def attend(
+        self,
+        queries: Tensor,
+        *,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None = None,
+        sink_scores: Tensor | None = None,
+    ) -> Tensor:
+        """Attention from the packed blocks, for the stubs that the last `update` gave: [B, Hq, q, D] to [B, q, Hq, D]."""
+        store = self._store
+        assert isinstance(store, NativeStore)
+        out = store.attend(queries, mask=mask, scaling=scaling, softcap=softcap, sink_scores=sink_scores)
+        # Only now: the queries had to see the tail exactly. What a rollback may still remove waits.
+        if not self.record_past:
+            store.compress()
+        return out
 
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
         for name, states in (("keys", key_states), ("values", value_states)):
@@ -207,6 +247,7 @@ class CompressedLayer(DynamicLayer):
         self._store = None
         self.is_initialized = False
         self.record_past = False
+        self.attends_next = False
 
     def offload(self) -> None:
         """Nothing to do: what is held is already small, and expanded tensors are never kept."""

@@ -38,6 +38,8 @@ class LayerStore(Protocol):
     def n_coded(self) -> int: ...
     @property
     def batch(self) -> int: ...
+    @property
+    def can_attend(self) -> bool: ...
     def append(self, keys: Tensor, values: Tensor) -> None: ...
     def compress(self) -> None: ...
     def read(self, room: int = 0) -> tuple[Tensor, Tensor]: ...
@@ -107,6 +109,37 @@ class NativeStore:
             self._layer.read(keys, values, torch.get_num_threads())
         return keys, values
 
+    @property
+    def can_attend(self) -> bool:
+        return self._layer.can_attend
+
+    def attend(
+        self,
+        queries: Tensor,
+        *,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None = None,
+        sink_scores: Tensor | None = None,
+    ) -> Tensor:
+        """Attention from the packed blocks: queries [B, Hq, q, D] to [B, q, Hq, D].
+
+        Args:
+            mask: bool [1 or B, 1, q, n_tokens], True = seen; None is causal, the last query at the last token.
+        """
+        batch, n_query_heads, n_queries, _ = queries.shape
+        out = torch.empty(batch, n_queries, n_query_heads, self._dims[2], dtype=self._dtype)
+        self._layer.attend(
+            queries if queries.stride(-1) == 1 else queries.contiguous(),
+            out,
+            mask=None if mask is None else mask[:, 0].contiguous().view(torch.uint8),
+            scaling=scaling,
+            softcap=softcap,
+            sink_scores=None if sink_scores is None else sink_scores.float().tolist(),
+            n_threads=torch.get_num_threads(),
+        )
+        return out
+
     def crop(self, n_tokens: int) -> None:
         self._layer.crop(n_tokens)
 
@@ -125,6 +158,8 @@ class NativeStore:
 
 class TorchStore:
     """A `LayerStore` of torch tensors: any device, any compressor."""
+
+    can_attend = False
 
     def __init__(
         self, k_compressor: nn.Module, v_compressor: nn.Module, policy: Policy, keys: Tensor, values: Tensor

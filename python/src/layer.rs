@@ -1,7 +1,7 @@
 //! One layer's cache as a Python object.
 
 use half::{bf16, f16};
-use kvlathe::cache::{Coding, LayerCache, Policy};
+use kvlathe::cache::{AttentionOptions, Coding, LayerCache, Policy};
 use pyo3::prelude::*;
 
 use crate::codec::{LowRankCodec, StreamSetCodec, in_pool};
@@ -157,6 +157,46 @@ impl NativeLayer {
                 layer.read_keys(keys, key_tokens).and_then(|()| layer.read_values(values, value_tokens))
             })
             .map_err(to_python)
+        })
+    }
+
+    /// Whether `attend` can serve this layer.
+    #[getter]
+    fn can_attend(&self) -> bool {
+        with_layer!(&self.layer, layer, E => layer.can_attend())
+    }
+
+    /// Attention of `[batch, query heads, q, head_dim]` queries over all tokens, straight from the blocks, into the
+    /// contiguous `out` `[batch, q, query heads, head_dim]`. `mask` is uint8 `[1 or batch, q, n_tokens]`, nonzero =
+    /// seen; without it attention is causal, the last query at the last token.
+    #[pyo3(signature = (queries, out, *, mask, scaling, softcap, sink_scores, n_threads))]
+    #[expect(clippy::too_many_arguments, reason = "keyword-only in Python")]
+    fn attend(
+        &self,
+        py: Python<'_>,
+        queries: &Bound<'_, PyAny>,
+        out: &Bound<'_, PyAny>,
+        mask: Option<&Bound<'_, PyAny>>,
+        scaling: f32,
+        softcap: Option<f32>,
+        sink_scores: Option<Vec<f32>>,
+        n_threads: usize,
+    ) -> PyResult<()> {
+        let (queries, out) = (self.tensor(queries, "queries")?, self.tensor(out, "the attention output")?);
+        let mask = mask.map(|m| RawTensor::new(m, "the attention mask", 3)).transpose()?;
+        let mask = match &mask {
+            None => None,
+            Some(mask) => {
+                mask.expect_dtype("the attention mask", "uint8")?;
+                // SAFETY: the dtype is checked; the tensor is an argument of this call; `slice_mut` demands contiguity.
+                Some(&*unsafe { mask.slice_mut::<u8>("the attention mask")? })
+            }
+        };
+        let options = AttentionOptions { scaling, mask, softcap, sink_scores: sink_scores.as_deref() };
+        with_layer!(&self.layer, layer, E => {
+            // SAFETY: as in `append` and `read`.
+            let (queries, out) = unsafe { (queries.view::<E>()?, out.slice_mut::<E>("the attention output")?) };
+            in_pool(py, n_threads, || layer.attend(queries, options, out)).map_err(to_python)
         })
     }
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import resources
 
 import pytest
 import torch
 
+from kvlathe import Preset
 from kvlathe.errors import ModelError
 from kvlathe.model_loading import LoadedModel, load_model
 
@@ -29,3 +31,10 @@ def smollm2() -> LoadedModel:
         if "not installed" not in str(error):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def bundled_preset() -> Preset:
+    """The preset of that model which comes with the package."""
+    with resources.as_file(resources.files("kvlathe") / "presets/smollm2-135m-instruct.safetensors") as path:
+        return Preset.load(path)

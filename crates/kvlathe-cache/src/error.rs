@@ -55,6 +55,11 @@ pub enum CacheError {
         /// Values' block length.
         value: usize,
     },
+    /// Attention was asked of a layer that cannot give it from its blocks.
+    #[error(
+        "this layer cannot attend from its blocks: both sides must be coded by the calibrated codec, with a head_dim that eight divides; read() its tokens instead"
+    )]
+    NotFused,
     /// The codec refused.
     #[error(transparent)]
     Codec(#[from] CodecError),

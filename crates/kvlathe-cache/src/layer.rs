@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use kvlathe_codec::Element;
+use kvlathe_codec::{Element, StreamSet};
 use rayon::prelude::*;
 
 use crate::error::{CacheError, Result};
@@ -99,6 +99,25 @@ impl<E: Element> LayerCache<E> {
     #[must_use]
     pub fn n_coded(&self) -> usize {
         self.rows.first().map_or(0, |row| row.key.n_coded().max(row.value.n_coded()))
+    }
+
+    /// KV heads.
+    #[must_use]
+    pub fn n_heads(&self) -> usize {
+        self.n_heads
+    }
+
+    /// Keys and values of one row.
+    pub(crate) fn sides(&self, row: usize) -> (&SideRow<E>, &SideRow<E>) {
+        (&self.rows[row].key, &self.rows[row].value)
+    }
+
+    /// The codecs, if both sides are coded in blocks.
+    pub(crate) fn stream_sets(&self) -> Option<(&StreamSet, &StreamSet)> {
+        match (&self.key, &self.value) {
+            (Coding::Blocks(key), Coding::Blocks(value)) => Some((key, value)),
+            _ => None,
+        }
     }
 
     /// Appends tokens, exact for now; [`LayerCache::compress`] codes what has left the tail.

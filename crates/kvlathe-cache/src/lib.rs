@@ -26,6 +26,7 @@
 #![deny(missing_docs)]
 #![forbid(unsafe_code)]
 
+mod attention;
 mod block;
 mod error;
 mod exact;
@@ -34,6 +35,7 @@ mod side;
 mod threads;
 mod view;
 
+pub use attention::AttentionOptions;
 pub use error::{CacheError, Result};
 pub use layer::{LayerCache, MemoryUse, Policy};
 pub use side::Coding;

@@ -116,6 +116,37 @@ impl<E: Element> SideRow<E> {
         self.coded.is_some()
     }
 
+    /// Sinks held so far.
+    pub(crate) fn n_sinks_held(&self) -> usize {
+        self.sinks.n_tokens()
+    }
+
+    /// One head's sinks, `[tokens, head_dim]`.
+    pub(crate) fn sinks(&self, head: usize) -> &[E] {
+        self.sinks.head(head)
+    }
+
+    /// One head's tail, `[tokens, head_dim]`.
+    pub(crate) fn tail(&self, head: usize) -> &[E] {
+        self.tail.head(head)
+    }
+
+    /// Packed blocks; zero where the side is not coded in blocks.
+    pub(crate) fn n_blocks(&self) -> usize {
+        match &self.coded {
+            Some(Coded::Blocks(_, blocks)) => blocks.len(),
+            _ => 0,
+        }
+    }
+
+    /// The bytes of block `at`, below [`SideRow::n_blocks`].
+    pub(crate) fn block(&self, at: usize) -> &[u8] {
+        match &self.coded {
+            Some(Coded::Blocks(_, blocks)) => blocks[at].packed(),
+            _ => &[],
+        }
+    }
+
     /// Appends all tokens of one row of a tensor; the first `n_sinks` of the sequence become sinks.
     pub(crate) fn append(&mut self, view: &TensorView<'_, E>, row: usize, n_sinks: usize) {
         let room = if self.is_coded() { n_sinks.saturating_sub(self.sinks.n_tokens()) } else { 0 };

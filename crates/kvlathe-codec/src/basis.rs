@@ -10,6 +10,9 @@ pub const BLOCK_LENS: [usize; 6] = [8, 16, 32, 64, 128, 256];
 /// Largest head_dim the codec accepts.
 pub const MAX_HEAD_DIM: usize = 1024;
 
+/// Coefficients are padded to a multiple of this where they lie across vectors: sixteen f32 fill an AVX-512 register.
+const PADDING: usize = 16;
+
 /// The calibrated transform of one stream (K or V of one layer and KV head).
 ///
 /// A shape s (a key or value divided by its gain) is modelled as s = R(δ)·μ + V·z with z of unit variance; δ is the
@@ -49,6 +52,8 @@ pub struct StreamTables {
     pub(crate) analysis: Vec<f32>,
     /// `[head_dim, n_coded]`: columns of V, times the step.
     pub(crate) synthesis: Vec<f32>,
+    /// `[head_dim, n_padded]`: `synthesis` with zero columns added, for products with queries.
+    pub(crate) query_synthesis: Vec<f32>,
     /// `[n_coded, block_len]`: V⁻¹·R(δ)·μ in steps.
     pub(crate) coded_mean: Vec<f32>,
     /// `[head_dim, block_len]`: R(δ)·μ.
@@ -81,6 +86,7 @@ impl StreamTables {
             block_len,
             analysis: vec![0.0; n_coded * d],
             synthesis: vec![0.0; n_coded * d],
+            query_synthesis: vec![0.0; n_coded.next_multiple_of(PADDING) * d],
             coded_mean: vec![0.0; n_coded * block_len],
             shape_mean,
             step_cost: coded.iter().map(|c| basis.importance[c.column] * c.width.step().powi(2)).collect(),
@@ -100,7 +106,17 @@ impl StreamTables {
                 tables.coded_mean[row * block_len + t] = (dot / step) as f32;
             }
         }
+        let n_padded = tables.n_padded();
+        for j in 0..d {
+            let row = &tables.synthesis[j * n_coded..(j + 1) * n_coded];
+            tables.query_synthesis[j * n_padded..j * n_padded + n_coded].copy_from_slice(row);
+        }
         Ok(tables)
+    }
+
+    /// Columns of `query_synthesis`: coefficients rounded up to whole vectors.
+    pub(crate) fn n_padded(&self) -> usize {
+        self.coded.len().next_multiple_of(PADDING)
     }
 
     /// Components of a key or value.

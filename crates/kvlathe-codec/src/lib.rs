@@ -38,6 +38,7 @@
 
 #![deny(missing_docs)]
 
+mod attend;
 mod basis;
 mod block;
 mod element;
@@ -52,13 +53,14 @@ mod stream;
 mod stream_set;
 mod width;
 
+pub use attend::CoefficientSums;
 pub use basis::{BLOCK_LENS, Basis, MAX_HEAD_DIM, StreamTables};
 pub use block::{SIDE_BYTES_PER_TOKEN, pack_row, row_bytes, unpack_row};
 pub use element::Element;
 pub use error::{CodecError, Result};
-pub use kernels::{Isa, Scratch, available_isas, best_isa};
+pub use kernels::{Isa, Scratch, available_isas, best_isa, product, weigh};
 pub use low_rank::{LowRank, ORTHONORMAL_LIMIT, Storage};
-pub use rope::{Pairing, Rope, Rotation};
+pub use rope::{Pairing, Rope, Rotation, RotationWalk};
 pub use stream::Tokens;
 pub use stream_set::StreamSet;
 pub use width::{WIDTHS, Width};

@@ -119,6 +119,72 @@ impl Rotation {
     }
 }
 
+/// Rotations R(−c) of evenly spaced positions, each from the one before: a complex product a pair instead of a sine
+/// and a cosine. In f64 the error grows by about 10⁻¹⁶ a step.
+#[derive(Debug, Clone)]
+pub struct RotationWalk {
+    at: Vec<(f64, f64)>,
+    step: Vec<(f64, f64)>,
+    current: Rotation,
+}
+
+impl Rope {
+    /// Begins at R(−`position`); each [`RotationWalk::advance`] adds `step` to the position.
+    #[must_use]
+    pub fn walk_back(&self, position: i64, step: i64) -> RotationWalk {
+        let angles = |by: i64| self.inv_freq.iter().map(move |f| (f * -by as f64).sin_cos()).map(|(s, c)| (c, s));
+        RotationWalk {
+            at: angles(position).collect(),
+            step: angles(step).collect(),
+            current: self.rotation(-position),
+        }
+    }
+}
+
+impl RotationWalk {
+    /// The rotation of the current position.
+    #[must_use]
+    pub fn rotation(&self) -> &Rotation {
+        &self.current
+    }
+
+    /// Goes on to the next position.
+    pub fn advance(&mut self) {
+        for (i, ((cos, sin), (step_cos, step_sin))) in self.at.iter_mut().zip(&self.step).enumerate() {
+            (*cos, *sin) = (*cos * step_cos - *sin * step_sin, *sin * step_cos + *cos * step_sin);
+            self.current.cos[i] = *cos as f32;
+            self.current.sin[i] = *sin as f32;
+        }
+    }
+}
+
+impl Rotation {
+    /// Rotates row-major vectors `[n, head_dim]`, all by the same angles.
+    #[inline(always)]
+    pub(crate) fn apply_row_major(&self, x: &mut [f32], head_dim: usize) {
+        let n_pairs = self.cos.len();
+        for vector in x.chunks_exact_mut(head_dim) {
+            match self.pairing {
+                Pairing::HalfSplit => {
+                    let (a, b) = vector[..2 * n_pairs].split_at_mut(n_pairs);
+                    for i in 0..n_pairs {
+                        let (a0, b0) = (a[i], b[i]);
+                        a[i] = a0.mul_add(self.cos[i], -(b0 * self.sin[i]));
+                        b[i] = b0.mul_add(self.cos[i], a0 * self.sin[i]);
+                    }
+                }
+                Pairing::Interleaved => {
+                    for i in 0..n_pairs {
+                        let (a0, b0) = (vector[2 * i], vector[2 * i + 1]);
+                        vector[2 * i] = a0.mul_add(self.cos[i], -(b0 * self.sin[i]));
+                        vector[2 * i + 1] = b0.mul_add(self.cos[i], a0 * self.sin[i]);
+                    }
+                }
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -154,6 +220,20 @@ mod tests {
         rope.rotation(-1_000_003).apply(&mut x);
         for (a, b) in x.iter().zip(&before) {
             assert!((a - b).abs() < 1e-5);
+        }
+    }
+
+    #[test]
+    fn walking_is_as_good_as_jumping() {
+        let rope = Rope::new(Pairing::Interleaved, 6, vec![1.0, 0.3, 1e-3]).unwrap();
+        let mut walk = rope.walk_back(100_020, 32);
+        for step in 0..2000 {
+            let expected = rope.rotation(-(100_020 + 32 * step));
+            let (mut a, mut b) = ([1.0, -2.0, 0.5, 3.0, 0.1, 1.0f32], [1.0, -2.0, 0.5, 3.0, 0.1, 1.0f32]);
+            walk.rotation().apply_row_major(&mut a, 6);
+            expected.apply(&mut b);
+            assert!(a.iter().zip(&b).all(|(x, y)| (x - y).abs() < 1e-6), "step {step}: {a:?} {b:?}");
+            walk.advance();
         }
     }
 

@@ -1,7 +1,7 @@
 //! The portable text of the kernels. Loops over tokens are innermost and free of branches, for the vectoriser, and
 //! there are no closures: the compiler would build them without the caller's instruction set.
 
-use super::Scratch;
+use super::{LANES, Scratch};
 use super::multiply::Multiply;
 use crate::basis::StreamTables;
 use crate::block::{SIDE_BYTES_PER_TOKEN, pack_row, row_bytes, unpack_row};
@@ -9,8 +9,6 @@ use crate::gain::{GUARD_SCALES, gain, gain_code, pack_side, unpack_side};
 use crate::rope::Rotation;
 use crate::reference::{GUARD_CANDIDATES, smallest_safe_guard};
 
-/// Tokens that are worked on together: every block length is a multiple, and eight f32 fill an AVX2 register.
-const LANES: usize = 8;
 type Lanes = [f32; LANES];
 
 #[inline(always)]
@@ -28,8 +26,8 @@ pub(super) fn rotate<M: Multiply>(rotation: &Rotation, x: &mut [f32], n: usize) 
 #[inline(always)]
 pub(super) fn encode<M: Multiply>(tables: &StreamTables, scratch: &mut Scratch, packed: &mut [u8]) {
     let (d, n) = (tables.head_dim, tables.block_len);
-    let Scratch { x, z, codes } = scratch;
-    M::multiply(&tables.analysis, x, z, (d, n));
+    let Scratch { x, z, codes, .. } = scratch;
+    M::multiply(&tables.analysis, x, &mut z[..tables.n_coded() * n], (d, n));
     for t in (0..n).step_by(LANES) {
         let mut norms = [0.0f32; LANES];
         for j in 0..d {
@@ -126,17 +124,9 @@ fn normalise_and_guard(tables: &StreamTables, z: &mut [f32], t: usize, inverse_g
 #[inline(always)]
 pub(super) fn decode<M: Multiply>(tables: &StreamTables, packed: &[u8], scratch: &mut Scratch) {
     let n = tables.block_len;
-    let Scratch { x, z, codes } = scratch;
-    let (side, mut rows) = packed.split_at(n * SIDE_BYTES_PER_TOKEN);
-    for (i, coded) in tables.coded.iter().enumerate() {
-        let (row, rest) = rows.split_at(row_bytes(coded.width, n));
-        unpack_row(coded.width, row, codes);
-        rows = rest;
-        let offset = 0.5 - coded.width.half_levels() as f32;
-        for (level, code) in z[i * n..(i + 1) * n].iter_mut().zip(codes.iter()) {
-            *level = f32::from(*code) + offset;
-        }
-    }
+    let Scratch { x, z, codes, .. } = scratch;
+    let (side, rows) = packed.split_at(n * SIDE_BYTES_PER_TOKEN);
+    unpack_levels(tables, rows, z, codes, tables.n_coded());
     M::multiply(&tables.synthesis, z, x, (tables.n_coded(), n));
     for t in (0..n).step_by(LANES) {
         let mut gains = [0.0f32; LANES];
@@ -153,4 +143,20 @@ pub(super) fn decode<M: Multiply>(tables: &StreamTables, packed: &[u8], scratch:
             }
         }
     }
+}
+
+/// Codes of all coefficients to levels `[n_rows, block_len]`; rows beyond the coded ones are zero.
+#[inline(always)]
+pub(super) fn unpack_levels(tables: &StreamTables, mut rows: &[u8], z: &mut [f32], codes: &mut [u8], n_rows: usize) {
+    let n = tables.block_len;
+    for (i, coded) in tables.coded.iter().enumerate() {
+        let (row, rest) = rows.split_at(row_bytes(coded.width, n));
+        unpack_row(coded.width, row, codes);
+        rows = rest;
+        let offset = 0.5 - coded.width.half_levels() as f32;
+        for (level, code) in z[i * n..(i + 1) * n].iter_mut().zip(codes.iter()) {
+            *level = f32::from(*code) + offset;
+        }
+    }
+    z[tables.n_coded() * n..n_rows * n].fill(0.0);
 }

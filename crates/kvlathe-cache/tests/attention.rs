@@ -1,0 +1,181 @@
+//! Attention from the blocks against "read all tokens, then dense attention in f64".
+
+use std::sync::Arc;
+
+use half::bf16;
+use kvlathe_cache::{AttentionOptions, CacheError, Coding, LayerCache, Policy, TensorView, with_threads};
+use kvlathe_codec::{Basis, Element, Pairing, Rope, StreamSet, Width};
+
+fn wave(seed: usize, n: usize) -> Vec<f32> {
+    (0..n).map(|i| ((i * 11 + seed * 29) as f32 * 0.517).sin() * (0.5 + (i % 7) as f32 / 3.0)).collect()
+}
+
+fn stream_set(heads: usize, d: usize, rope: bool) -> Coding {
+    let basis = |head: usize| {
+        let mut synthesis: Vec<f32> = wave(head, d * d).iter().map(|v| v * 0.1).collect();
+        (0..d).for_each(|i| synthesis[i * d + i] += 1.0);
+        let widths = [Width::W8, Width::W4, Width::W4, Width::W2, Width::W0];
+        Basis {
+            mean: wave(head + 7, d).iter().map(|v| v * 0.2).collect(),
+            synthesis,
+            importance: vec![1.0; d],
+            widths: (0..d).map(|i| widths[i % 5]).collect(),
+        }
+    };
+    let rope = rope.then(|| {
+        let frequencies = (0..d / 2).map(|i| 0.8f64.powi(i as i32)).collect();
+        Arc::new(Rope::new(Pairing::HalfSplit, d / 2 * 2, frequencies).unwrap())
+    });
+    Coding::Blocks(Arc::new(StreamSet::new(&(0..heads).map(basis).collect::<Vec<_>>(), rope, 16).unwrap()))
+}
+
+struct Case {
+    batch: usize,
+    heads: usize,
+    group: usize,
+    d: usize,
+    n_tokens: usize,
+    n_queries: usize,
+    masked: bool,
+    softcap: Option<f32>,
+    sinks: bool,
+}
+
+/// Fills a cache, attends, and gives the largest error against dense attention, relative to the largest value.
+fn largest_error<E: Element>(case: &Case) -> f64 {
+    let Case { batch, heads, group, d, n_tokens, n_queries, masked, softcap, sinks } = *case;
+    let policy = Policy { n_sinks: 4, compress_start_len: 0, n_tail: 20 };
+    let mut cache =
+        LayerCache::<E>::new(stream_set(heads, d, true), stream_set(heads, d, false), policy, batch, heads, (d, d)).unwrap();
+    let shape = [batch, heads, n_tokens, d];
+    let make = |seed| wave(seed, shape.iter().product()).into_iter().map(E::from_f32).collect::<Vec<E>>();
+    let (keys, values) = (make(1), make(2));
+    cache
+        .append(TensorView::contiguous(&keys, shape).unwrap(), TensorView::contiguous(&values, shape).unwrap())
+        .unwrap();
+    cache.compress().unwrap();
+    assert!(n_tokens < 60 || cache.n_coded() > 0);
+
+    let query_heads = heads * group;
+    let q: Vec<E> = wave(3, batch * query_heads * n_queries * d).into_iter().map(E::from_f32).collect();
+    let mask: Vec<u8> = (0..batch * n_queries * n_tokens)
+        .map(|i| {
+            let (b, query, t) = (i / n_tokens / n_queries, i / n_tokens % n_queries, i % n_tokens);
+            u8::from(t + n_queries <= n_tokens + query && t >= 3 * b && t % 9 != 8)
+        })
+        .collect();
+    let sink_scores = wave(9, query_heads);
+    let scaling = 1.0 / (d as f32).sqrt();
+    let options = AttentionOptions {
+        scaling,
+        mask: masked.then_some(&mask),
+        softcap,
+        sink_scores: sinks.then_some(&sink_scores[..]),
+    };
+    let mut out = vec![E::default(); batch * n_queries * query_heads * d];
+    let view = TensorView::contiguous(&q, [batch, query_heads, n_queries, d]).unwrap();
+    with_threads(2, || cache.attend(view, options, &mut out)).unwrap();
+
+    let (mut k, mut v) = (keys.clone(), values.clone());
+    cache.read_keys(&mut k, n_tokens).unwrap();
+    cache.read_values(&mut v, n_tokens).unwrap();
+    let (mut worst, mut size) = (0.0f64, 0.0f64);
+    for b in 0..batch {
+        for h in 0..query_heads {
+            for query in 0..n_queries {
+                let at = |t: usize, j: usize| ((b * heads + h / group) * n_tokens + t) * d + j;
+                let weights: Vec<f64> = (0..n_tokens)
+                    .map(|t| {
+                        let visible = if masked {
+                            mask[(b * n_queries + query) * n_tokens + t] != 0
+                        } else {
+                            t + n_queries <= n_tokens + query
+                        };
+                        let dot: f64 = (0..d)
+                            .map(|j| {
+                                f64::from(q[((b * query_heads + h) * n_queries + query) * d + j].to_f32())
+                                    * f64::from(k[at(t, j)].to_f32())
+                            })
+                            .sum();
+                        let score = dot * f64::from(scaling);
+                        let score = softcap.map_or(score, |c| f64::from(c) * (score / f64::from(c)).tanh());
+                        if visible { score.exp() } else { 0.0 }
+                    })
+                    .collect();
+                let total = weights.iter().sum::<f64>() + if sinks { f64::from(sink_scores[h]).exp() } else { 0.0 };
+                for j in 0..d {
+                    let expected = (0..n_tokens).map(|t| weights[t] * f64::from(v[at(t, j)].to_f32())).sum::<f64>() / total;
+                    let got = f64::from(out[((b * n_queries + query) * query_heads + h) * d + j].to_f32());
+                    worst = worst.max((got - expected).abs());
+                    size = size.max(expected.abs());
+                }
+            }
+        }
+    }
+    worst / size
+}
+
+fn case() -> Case {
+    Case { batch: 1, heads: 2, group: 3, d: 64, n_tokens: 700, n_queries: 1, masked: false, softcap: None, sinks: false }
+}
+
+#[test]
+fn float32_shapes() {
+    for case in [
+        case(),
+        Case { n_tokens: 1500, ..case() },
+        Case { n_tokens: 3, ..case() },
+        Case { n_tokens: 40, n_queries: 40, ..case() },
+        Case { group: 1, d: 80, ..case() },
+        Case { group: 16, d: 128, heads: 1, ..case() },
+        Case { d: 256, heads: 1, group: 2, ..case() },
+        Case { n_queries: 9, ..case() },
+        Case { batch: 3, masked: true, n_queries: 5, ..case() },
+        Case { softcap: Some(2.0), ..case() },
+        Case { sinks: true, n_queries: 2, ..case() },
+    ] {
+        let error = largest_error::<f32>(&case);
+        assert!(error < 2e-5, "{error} for d={} n={} q={}", case.d, case.n_tokens, case.n_queries);
+    }
+}
+
+#[test]
+fn bfloat16_within_its_rounding() {
+    // The reference reads keys rounded to bfloat16; ours never rounds them: 2⁻⁸ a component, averaged down.
+    assert!(largest_error::<bf16>(&Case { n_queries: 4, ..case() }) < 2e-2);
+}
+
+#[test]
+fn queries_that_see_nothing_give_zeros() {
+    let policy = Policy { n_sinks: 0, compress_start_len: 0, n_tail: 0 };
+    let mut cache =
+        LayerCache::<f32>::new(stream_set(1, 16, false), stream_set(1, 16, false), policy, 1, 1, (16, 16)).unwrap();
+    let x = wave(1, 16 * 40);
+    let view = TensorView::contiguous(&x, [1, 1, 40, 16]).unwrap();
+    cache.append(view, view).unwrap();
+    cache.compress().unwrap();
+    let mut out = vec![7.0; 16];
+    let options = AttentionOptions { scaling: 1.0, mask: Some(&[0; 40]), ..AttentionOptions::default() };
+    cache.attend(TensorView::contiguous(&x[..16], [1, 1, 1, 16]).unwrap(), options, &mut out).unwrap();
+    assert!(out.iter().all(|&v| v == 0.0));
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let mut exact = LayerCache::<f32>::new(Coding::Exact, Coding::Exact, Policy::default(), 1, 2, (8, 8)).unwrap();
+    let x = wave(1, 2 * 8);
+    let view = TensorView::contiguous(&x, [1, 2, 1, 8]).unwrap();
+    exact.append(view, view).unwrap();
+    let mut out = vec![0.0; 16];
+    assert_eq!(exact.attend(view, AttentionOptions::default(), &mut out), Err(CacheError::NotFused));
+
+    let policy = Policy::default();
+    let mut cache = LayerCache::<f32>::new(stream_set(2, 8, false), stream_set(2, 8, false), policy, 1, 2, (8, 8)).unwrap();
+    cache.append(view, view).unwrap();
+    let three_heads = wave(1, 3 * 8);
+    let queries = TensorView::contiguous(&three_heads, [1, 3, 1, 8]).unwrap();
+    let message = cache.attend(queries, AttentionOptions::default(), &mut vec![0.0; 24]).unwrap_err().to_string();
+    assert!(message.contains("query heads"), "{message}");
+    let short_mask = AttentionOptions { mask: Some(&[1; 3]), ..AttentionOptions::default() };
+    assert!(cache.attend(view, short_mask, &mut out).is_err());
+}

@@ -1,0 +1,68 @@
+//! The exponential part of an online softmax (Milakov and Gimelshein, "Online normalizer calculation for softmax",
+//! 2018): scores become weights, and a running maximum and sum are kept for each query.
+
+use super::multiply::Multiply;
+
+/// e^x for x ≤ 0, relative error below 2·10⁻⁷; zero below −87.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    // x = n·ln 2 + r with |r| ≤ ln 2 / 2; ln 2 in two parts so that r is exact (Cody and Waite).
+    let n = (x * std::f32::consts::LOG2_E + 0.5).floor().max(-126.0);
+    let r = n.mul_add(-0.693_359_4, x);
+    let r = n.mul_add(2.121_944_4e-4, r);
+    // Taylor's polynomial of degree seven: its remainder on |r| ≤ 0.347 is below 10⁻⁸.
+    let mut p = 1.0 / 5040.0f32;
+    p = p.mul_add(r, 1.0 / 720.0);
+    p = p.mul_add(r, 1.0 / 120.0);
+    p = p.mul_add(r, 1.0 / 24.0);
+    p = p.mul_add(r, 1.0 / 6.0);
+    p = p.mul_add(r, 0.5);
+    p = p.mul_add(r, 1.0);
+    p = p.mul_add(r, 1.0);
+    let power = f32::from_bits((((n as i32) + 127) as u32) << 23);
+    if x < -87.0 { 0.0 } else { p * power }
+}
+
+/// Turns `scores` `[n_queries, n]` into weights e^(score − max) and updates each query's running maximum and sum.
+///
+/// `rescale[q]` receives the factor by which what was summed before must be multiplied (1 if the maximum stayed).
+/// Scores of −∞ weigh nothing; a query without any finite score keeps maximum −∞.
+#[inline(always)]
+pub(super) fn weigh<M: Multiply>(scores: &mut [f32], n: usize, max: &mut [f32], sum: &mut [f32], rescale: &mut [f32]) {
+    for (q, scores) in scores.chunks_exact_mut(n).enumerate() {
+        let mut largest = max[q];
+        for score in scores.iter() {
+            largest = largest.max(*score);
+        }
+        if largest == f32::NEG_INFINITY {
+            scores.fill(0.0);
+            rescale[q] = 1.0;
+            continue;
+        }
+        rescale[q] = if max[q] == f32::NEG_INFINITY { 0.0 } else { exp(max[q] - largest) };
+        max[q] = largest;
+        let mut total = 0.0;
+        for score in scores.iter_mut() {
+            *score = exp(*score - largest);
+            total += *score;
+        }
+        sum[q] = sum[q].mul_add(rescale[q], total);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::exp;
+
+    #[test]
+    fn exp_is_accurate() {
+        for i in 0..=87_000 {
+            let x = -(i as f32) / 1000.0;
+            let exact = f64::from(x).exp();
+            assert!((f64::from(exp(x)) - exact).abs() <= 2e-7 * exact, "{x}");
+        }
+        assert_eq!(exp(-88.0), 0.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(0.0), 1.0);
+    }
+}

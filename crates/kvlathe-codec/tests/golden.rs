@@ -1,0 +1,158 @@
+//! Packed blocks of version 1 stay what they are: the encoders give the golden bytes, and the decoders what
+//! `docs/block_format.md` says, computed here a second time, in f64 and without the library's tables.
+//!
+//! `KVLATHE_BLESS=1 cargo test -p kvlathe-codec --test golden` writes the file anew. Do that only together with a new
+//! version of the format.
+
+use std::path::PathBuf;
+
+use kvlathe_codec::{
+    Basis, Pairing, Rope, Scratch, StreamTables, Tokens, WIDTHS, Width, available_isas, reference,
+};
+
+const HEAD_DIM: usize = 16;
+const BLOCK_LEN: usize = 32;
+/// Of the block's first token; its centre is half a block further on.
+const FIRST_POSITION: i64 = 1000;
+const CENTRE: i64 = FIRST_POSITION + BLOCK_LEN as i64 / 2;
+const INV_FREQ: [f64; 4] = [1.0, 0.25, 0.0625, 0.015_625];
+
+fn golden() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/block-v1.bin")
+}
+
+fn basis() -> Basis {
+    let d = HEAD_DIM;
+    let entry = |i: usize, j: usize| {
+        let off_diagonal = ((i * 5 + j * 3) % 8) as f32 / 64.0 - 4.0 / 64.0;
+        if i == j { 1.0 } else { off_diagonal }
+    };
+    Basis {
+        mean: (0..d).map(|j| ((j * 7) % 16) as f32 / 32.0 - 0.25).collect(),
+        synthesis: (0..d * d).map(|at| entry(at / d, at % d)).collect(),
+        importance: (0..d).map(|i| 1.0 / (1 + i) as f32).collect(),
+        widths: (0..d).map(|i| WIDTHS[(i * 3 + 1) % 4]).collect(),
+    }
+}
+
+fn rope() -> Rope {
+    Rope::new(Pairing::HalfSplit, 2 * INV_FREQ.len(), INV_FREQ.to_vec()).unwrap()
+}
+
+/// Tokens of very different size, one of them zero, one with an outlier.
+fn tokens() -> Vec<f32> {
+    let component = |t: usize, j: usize| {
+        let integer = ((t * 37 + j * 11 + t * j * 5) % 101) as i32 - 50;
+        let shift = t % 5;
+        match (t, j) {
+            (3, _) => 0.0,
+            (7, 2) => 4096.0,
+            _ => (integer << shift) as f32 / 64.0,
+        }
+    };
+    (0..BLOCK_LEN * HEAD_DIM).map(|at| component(at / HEAD_DIM, at % HEAD_DIM)).collect()
+}
+
+/// R(position) in f64.
+fn rotate(x: &mut [f64], position: i64) {
+    let half = INV_FREQ.len();
+    for (i, frequency) in INV_FREQ.iter().enumerate() {
+        let (sin, cos) = (position as f64 * frequency).sin_cos();
+        let (a, b) = (x[i], x[i + half]);
+        x[i] = a * cos - b * sin;
+        x[i + half] = b * cos + a * sin;
+    }
+}
+
+/// The value of docs/block_format.md for one token, `[head_dim]`, rotated forward.
+fn decoded_by_hand(packed: &[u8], basis: &Basis, rotated: bool, t: usize) -> Vec<f64> {
+    const GUARDS: [f64; 16] =
+        [0.75, 0.84, 0.92, 1.0, 1.09, 1.19, 1.3, 1.42, 1.6, 1.85, 2.3, 3.2, 6.0, 24.0, 256.0, 16384.0];
+    let side = u16::from_le_bytes([packed[2 * t], packed[2 * t + 1]]);
+    let (gain_code, guard) = (f64::from(side & 0xfff), GUARDS[usize::from(side >> 12)]);
+    let gain = if gain_code == 0.0 { 0.0 } else { ((gain_code - 2048.0) / 32.0).exp2() };
+
+    let mut x: Vec<f64> = basis.mean.iter().map(|&m| f64::from(m)).collect();
+    if rotated {
+        rotate(&mut x, t as i64 - BLOCK_LEN as i64 / 2);
+    }
+    let mut row = 2 * BLOCK_LEN;
+    for (bits, step) in [(8usize, 0.0308), (4, 0.3352), (2, 0.9957)] {
+        for i in (0..HEAD_DIM).filter(|&i| basis.widths[i].bits() == bits) {
+            let row_len = BLOCK_LEN * bits / 8;
+            let byte = packed[row + t % row_len];
+            let code = usize::from(byte) >> (bits * (t / row_len)) & ((1 << bits) - 1);
+            let level = code as f64 + 0.5 - (1u32 << (bits - 1)) as f64;
+            for (j, xj) in x.iter_mut().enumerate() {
+                *xj += f64::from(basis.synthesis[j * HEAD_DIM + i]) * step * guard * level;
+            }
+            row += row_len;
+        }
+    }
+    x.iter_mut().for_each(|v| *v *= gain);
+    if rotated {
+        rotate(&mut x, CENTRE);
+    }
+    x
+}
+
+/// Encodes with the reference and every instruction set, checks that the bytes are equal, and returns them.
+fn encode(tables: &StreamTables, rope: Option<&Rope>) -> Vec<u8> {
+    let x = tokens();
+    let turn_back = rope.map(|rope| rope.rotation(-CENTRE));
+    let mut frame = vec![0.0; x.len()];
+    for (t, token) in x.chunks_exact(HEAD_DIM).enumerate() {
+        (0..HEAD_DIM).for_each(|j| frame[j * BLOCK_LEN + t] = token[j]);
+    }
+    if let Some(rotation) = &turn_back {
+        rotation.apply_component_major(&mut frame, BLOCK_LEN);
+    }
+    let expected = reference::encode(tables, &frame);
+    for isa in available_isas() {
+        let (mut packed, mut scratch) = (vec![0; tables.block_bytes()], Scratch::default());
+        let tokens = Tokens { data: &x, token_stride: HEAD_DIM };
+        tables.encode_block(isa, tokens, turn_back.as_ref(), &mut packed, &mut scratch).unwrap();
+        assert_eq!(packed, expected, "{}", isa.name());
+    }
+    expected
+}
+
+#[test]
+fn golden_blocks() {
+    let (basis, rope) = (basis(), rope());
+    assert!(WIDTHS.iter().all(|width| basis.widths.contains(width)), "the basis covers all widths");
+    // The file: the block as values (nothing is rotated), then the block as keys.
+    let kinds = [None, Some(&rope)].map(|rope| (rope, StreamTables::new(&basis, rope, BLOCK_LEN).unwrap()));
+    let written: Vec<u8> = kinds.iter().flat_map(|(rope, tables)| encode(tables, *rope)).collect();
+    if std::env::var_os("KVLATHE_BLESS").is_some() {
+        std::fs::write(golden(), &written).unwrap();
+    }
+    let bytes = std::fs::read(golden()).unwrap();
+    assert!(bytes == written, "the encoders give other bytes than the golden file holds");
+
+    let x = tokens();
+    for ((rope, tables), packed) in kinds.iter().zip(bytes.chunks_exact(kinds[0].1.block_bytes())) {
+        let turn_forward = rope.map(|rope| rope.rotation(CENTRE));
+        for isa in available_isas() {
+            let (mut out, mut scratch) = (vec![0.0f32; BLOCK_LEN * HEAD_DIM], Scratch::default());
+            tables.decode_block(isa, packed, turn_forward.as_ref(), &mut out, &mut scratch).unwrap();
+            for (t, token) in out.chunks_exact(HEAD_DIM).enumerate() {
+                let by_hand = decoded_by_hand(packed, &basis, rope.is_some(), t);
+                let norm = by_hand.iter().map(|v| v * v).sum::<f64>().sqrt();
+                for (&got, &wanted) in token.iter().zip(&by_hand) {
+                    let off = (f64::from(got) - wanted).abs();
+                    assert!(off <= 1e-6 * norm, "{} token {t}: {got} is not {wanted}", isa.name());
+                }
+            }
+            assert!(out[3 * HEAD_DIM..4 * HEAD_DIM].iter().all(|&v| v == 0.0), "the zero token");
+            let outlier = 7 * HEAD_DIM + 2;
+            assert!((out[outlier] / x[outlier] - 1.0).abs() < 0.2, "nothing clips: {}", out[outlier]);
+        }
+    }
+}
+
+#[test]
+fn the_golden_basis_stores_a_quarter_at_each_width() {
+    let widths: Vec<Width> = StreamTables::new(&basis(), None, BLOCK_LEN).unwrap().coded_widths().collect();
+    assert_eq!(widths, [[Width::W8; 4], [Width::W4; 4], [Width::W2; 4]].concat());
+}

@@ -1,0 +1,145 @@
+"""`attach`: a model's attention reads packed blocks directly while it decodes, and nothing is expanded.
+
+    attach(model)
+    model.generate(**inputs, past_key_values=cache)   # cache: CompressedDynamicCache
+
+The model keeps working with every other cache. Prefill, devices other than the CPU, and layers that are not coded by
+the calibrated codec go through the model's dense attention as before.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .cache import CompressedDynamicCache
+from .errors import ModelError
+from .layer import CompressedLayer
+from .model_loading import attention_modules
+from .two_sided import TwoSidedPlan, two_sided_attention
+
+ATTENTION_NAME = "kvlathe"
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+# Architectures whose attention hands keys from the cache to the attention function untouched; each is tested.
+SUPPORTED_MODEL_TYPES = frozenset(
+    {
+        "cohere",
+        "gemma2",
+        "gemma3_text",
+        "glm",
+        "gpt_neox",
+        "gpt_oss",
+        "llama",
+        "mistral",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "stablelm",
+    }
+)
+
+
+class _Attached:
+    """What `detach` undoes."""
+
+    def __init__(self, implementation: str, hooks: list[RemovableHandle]) -> None:
+        self.implementation, self.hooks = implementation, hooks
+
+
+_ATTACHED: WeakKeyDictionary[PreTrainedModel, _Attached] = WeakKeyDictionary()
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: from the blocks where `key` is a stub, else dense."""
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    layer: CompressedLayer | None = getattr(key, "kvlathe_layer", None)
+    if layer is not None:
+        out = layer.attend(query, mask=attention_mask, scaling=scale, softcap=softcap, sink_scores=s_aux)
+        return out, None
+    if softcap is None and s_aux is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    # SDPA knows neither: exact attention of our own.
+    plan = TwoSidedPlan(tail=key.shape[2] + 1, n_sinks=0)
+    out = two_sided_attention(
+        query,
+        key,
+        value,
+        plan,
+        layer_idx=int(getattr(module, "layer_idx", 0) or 0),
+        scaling=scale,
+        attention_mask=attention_mask,
+        softcap=softcap,
+        s_aux=s_aux,
+        sliding_window=sliding_window,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before an attention module runs: tell its cache layer that stubs will do."""
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    if isinstance(cache, CompressedDynamicCache):
+        layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
+        if layer_idx < len(cache.layers):
+            cache.layers[layer_idx].attends_next = True
+
+
+def attach(model: Model) -> Model:
+    """Let the model decode straight from a `CompressedDynamicCache`'s blocks. Twice is the same as once.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ModelError: an architecture that this was not tested for. Its caches still work, through expanded tensors.
+    """
+    if model in _ATTACHED:
+        return model
+    model_type = model.config.get_text_config(decoder=True).model_type
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise ModelError(
+            f"attach() does not know {model_type!r} models (it knows {', '.join(sorted(SUPPORTED_MODEL_TYPES))}); "
+            f"use the cache without attach(): it then expands each layer for the time of one call"
+        )
+    AttentionInterface.register(ATTENTION_NAME, _attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    implementation = str(model.config._attn_implementation)
+    model.set_attn_implementation(ATTENTION_NAME)
+    hooks = [
+        module.register_forward_pre_hook(_announce, with_kwargs=True)
+        for module in attention_modules(model).values()
+    ]
+    _ATTACHED[model] = _Attached(implementation, hooks)
+    return model
+
+
+def detach(model: Model) -> Model:
+    """Undo `attach`; without effect on a model that is not attached."""
+    attached = _ATTACHED.pop(model, None)
+    if attached is not None:
+        for hook in attached.hooks:
+            hook.remove()
+        model.set_attn_implementation(attached.implementation)
+    return model

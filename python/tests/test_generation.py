@@ -1,0 +1,481 @@
+"""`generate` in every mode: with identity compressors token for token what `DynamicCache` gives, with calibrated
+ones the same lengths and close logits. Then what branching, rollback and re-use rely on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from cache_helpers import TAIL, compressed_cache, identity_cache, low_rank, model_of, tokens
+from kvlathe import CompressedDynamicCache, IdentityCompressor, Preset, StreamSetCompressor
+from kvlathe.evaluation import Evaluator, coders
+from kvlathe.model_loading import LoadedModel
+from tiny_models import tiny
+
+NAMES = (
+    "llama mistral qwen2 qwen3 phi3 gemma3 gemma2 gpt2 gpt_neox glm cohere smollm3 gpt_oss stablelm".split()
+)
+# One of each kind: half-split RoPE, sliding window, no RoPE, interleaved and partial RoPE.
+FEW_NAMES = ["llama", "gemma3", "gpt2", "glm"]
+NEW = 10
+
+MakeCache = Callable[[], Cache]
+
+
+def _generate(model: PreTrainedModel, ids: Tensor, cache: Cache, **kwargs: Any) -> Tensor:
+    torch.manual_seed(3)
+    kwargs = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": NEW, **kwargs}
+    # Some random models like to end at once, and lengths are compared here.
+    return model.generate(ids, past_key_values=cache, min_new_tokens=kwargs["max_new_tokens"], **kwargs)
+
+
+def _greedy(model: PreTrainedModel, cache: Cache) -> Tensor:
+    return _generate(model, tokens(40), cache)
+
+
+def _sample(model: PreTrainedModel, cache: Cache) -> Tensor:
+    return _generate(model, tokens(40, batch=2), cache, do_sample=True, top_k=20, temperature=1.3)
+
+
+def _beams(model: PreTrainedModel, cache: Cache) -> Tensor:
+    return _generate(model, tokens(40, batch=2), cache, num_beams=3)
+
+
+def _beam_sample(model: PreTrainedModel, cache: Cache) -> Tensor:
+    return _generate(
+        model, tokens(40), cache, num_beams=3, num_return_sequences=2, do_sample=True, temperature=1.5
+    )
+
+
+def _num_return_sequences(model: PreTrainedModel, cache: Cache) -> Tensor:
+    return _generate(model, tokens(40), cache, do_sample=True, num_return_sequences=3)
+
+
+def _left_padded(model: PreTrainedModel, cache: Cache) -> Tensor:
+    ids = tokens(40, batch=3)
+    mask = torch.ones_like(ids)
+    ids[1, :13] = 0
+    mask[1, :13] = 0
+    return _generate(model, ids, cache, attention_mask=mask)
+
+
+def _chunked_prefill(model: PreTrainedModel, cache: Cache) -> Tensor:
+    return _generate(model, tokens(40), cache, prefill_chunk_size=7)
+
+
+def _two_turns(model: PreTrainedModel, cache: Cache) -> Tensor:
+    first = _generate(model, tokens(30), cache)
+    assert cache.get_seq_length() == 30 + NEW - 1  # the last token has not been fed yet
+    return _generate(model, torch.cat([first, tokens(9, seed=1)], dim=1), cache)
+
+
+def _prompt_lookup(model: PreTrainedModel, cache: Cache) -> Tensor:
+    ids = tokens(12).repeat(1, 4)
+    return _generate(model, ids, cache, prompt_lookup_num_tokens=4)
+
+
+def _assisted(model: PreTrainedModel, cache: Cache) -> Tensor:
+    # The same model with noise: an assistant that is right often, and wrong often.
+    assistant = tiny("llama", num_hidden_layers=1, vocab_size=model.config.get_text_config().vocab_size)
+    return _generate(model, tokens(40), cache, assistant_model=assistant)
+
+
+def _self_assisted(model: PreTrainedModel, cache: Cache) -> Tensor:
+    assistant = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in assistant.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return _generate(model, tokens(40), cache, assistant_model=assistant)
+
+
+MODES: dict[str, Callable[[PreTrainedModel, Cache], Tensor]] = {
+    "greedy": _greedy,
+    "sample": _sample,
+    "beams": _beams,
+    "beam_sample": _beam_sample,
+    "num_return_sequences": _num_return_sequences,
+    "left_padded": _left_padded,
+    "chunked_prefill": _chunked_prefill,
+    "two_turns": _two_turns,
+    "prompt_lookup": _prompt_lookup,
+    "assisted": _assisted,
+    "self_assisted": _self_assisted,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", NAMES)
+def test_identity_gives_the_tokens_of_the_stock_cache(name: str, mode: str) -> None:
+    model = model_of(name)
+    cache = identity_cache(model)
+    expected = MODES[mode](model, DynamicCache())
+    given = MODES[mode](model, cache)
+    assert torch.equal(given, expected)
+    assert cache.get_memory_stats()["compressed_tokens"] == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_identity_gives_the_logits_of_the_stock_cache(name: str) -> None:
+    model = model_of(name)
+    ids = tokens(60, batch=2)
+    caches = (DynamicCache(), identity_cache(model))
+    at = 0
+    with torch.no_grad():
+        for step in (25, 1, 1, 17, 16):
+            stock, ours = (model(ids[:, at : at + step], past_key_values=cache).logits for cache in caches)
+            assert torch.allclose(stock, ours, rtol=1e-5, atol=1e-5)
+            at += step
+            assert caches[1].get_seq_length() == at
+    for stock_layer, our_layer in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert torch.allclose(stock_layer.keys, our_layer.keys, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(stock_layer.values, our_layer.values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_identity_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    model = copy.deepcopy(model_of(name)).to(dtype)
+    assert torch.equal(_greedy(model, identity_cache(model)), _greedy(model, DynamicCache()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compressed_cache_runs_in_every_mode(name: str) -> None:
+    model = model_of(name)
+    for mode, run in MODES.items():
+        cache = compressed_cache(name, tail=8)
+        given = run(model, cache)
+        assert given.shape == run(model, DynamicCache()).shape, mode
+        stats = cache.get_memory_stats()
+        # Beams and speculation end with one token less or a few more in the cache; at least the prompt is coded.
+        assert 16 <= stats["compressed_tokens"] <= stats["seq_len"] - 4 - 8, mode
+        assert stats["compressed_tokens"] % 8 == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compressed_logits_are_close(name: str) -> None:
+    model = model_of(name)
+    ids = tokens(90, seed=5, batch=2)
+    cache = compressed_cache(name)
+    with torch.no_grad():
+        exact = model(ids).logits[:, 75:]
+        for chunk in ids[:, :75].split(15, dim=1):
+            model(chunk, past_key_values=cache)
+        coded = torch.cat([model(i[:, None], past_key_values=cache).logits for i in ids[:, 75:].T], dim=1)
+    assert cache.get_memory_stats()["compressed_tokens"] == 64
+    error = (coded - exact).norm() / (exact - exact.mean(-1, keepdim=True)).norm()
+    # Random weights of this size amplify errors from layer to layer; real models stay far below.
+    assert float(error) < 0.15
+    agreement = (coded.argmax(-1) == exact.argmax(-1)).double().mean()
+    assert float(agreement) > 0.8
+
+
+@pytest.mark.parametrize("name", FEW_NAMES)
+def test_more_bits_give_closer_logits(name: str) -> None:
+    model = model_of(name)
+    ids = tokens(90, seed=5)
+    with torch.no_grad():
+        exact = model(ids).logits[0, -1]
+        errors = []
+        for bits in (2.0, 4.0, 8.0):
+            cache = compressed_cache(name, bits, tail=0)
+            for part in (ids[:, :-1], ids[:, -1:]):
+                logits = model(part, past_key_values=cache).logits[0, -1]
+            errors.append(float((logits - exact).norm()))
+    assert errors[0] > errors[1] > errors[2]
+
+
+# Branching, rollback and re-use. A forward pass in pieces of a fixed size gives the reference.
+
+
+def _feed(model: PreTrainedModel, cache: Cache, ids: Tensor, step: int = 1) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([model(i, past_key_values=cache).logits for i in ids.split(step, dim=1)], dim=1)
+
+
+@pytest.fixture(params=["native", "torch", "low_rank", "identity"])
+def make_cache(request: pytest.FixtureRequest) -> MakeCache:
+    """Empty caches for the tiny llama, one kind after another."""
+
+    class Plain(StreamSetCompressor):
+        """The same codec through the torch store: the native one takes the class itself only."""
+
+    def make() -> Cache:
+        if request.param == "identity":
+            return identity_cache(model_of("llama"))
+        if request.param == "low_rank":
+            return CompressedDynamicCache(
+                [IdentityCompressor()] * 2, [low_rank(rank=16)] * 2, 2, uncompressed_tail=TAIL
+            )
+        cache = compressed_cache("llama")
+        if request.param == "native":
+            return cache
+        sides = [
+            [Plain(cache.compressor(layer, side).native) for layer in range(2)] for side in ("key", "value")
+        ]
+        return CompressedDynamicCache(*sides, 2, uncompressed_tail=TAIL)
+
+    return make
+
+
+def _contents(cache: Cache) -> list[Tensor]:
+    return [t for layer in cache.layers for t in (layer.keys, layer.values)]
+
+
+def _assert_same(given: Cache, expected: Cache) -> None:
+    assert given.get_seq_length() == expected.get_seq_length()
+    for a, b in zip(_contents(given), _contents(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_deepcopy_branches_one_prefix(make_cache: MakeCache) -> None:
+    model = model_of("llama")
+    prefix, left, right = tokens(53), tokens(20, seed=1), tokens(20, seed=2)
+    shared = make_cache()
+    _feed(model, shared, prefix, 53)
+    before = [t.clone() for t in _contents(shared)]
+    branches = [copy.deepcopy(shared) for _ in range(2)]
+    logits = [_feed(model, b, ids) for b, ids in zip(branches, (left, right), strict=True)]
+    for branch, ids, given in zip(branches, (left, right), logits, strict=True):
+        alone = make_cache()
+        _feed(model, alone, prefix, 53)
+        torch.testing.assert_close(given, _feed(model, alone, ids), rtol=1e-5, atol=1e-5)
+        _assert_same(branch, alone)
+    assert all(torch.equal(a, b) for a, b in zip(_contents(shared), before, strict=True))
+    assert isinstance(branches[0], CompressedDynamicCache)
+
+
+def test_deepcopy_of_an_empty_cache(make_cache: MakeCache) -> None:
+    model = model_of("llama")
+    empty = make_cache()
+    twin = copy.deepcopy(empty)
+    _feed(model, twin, tokens(30), 30)
+    assert (empty.get_seq_length(), twin.get_seq_length()) == (0, 30)
+
+
+def test_generate_from_a_copied_prefix(make_cache: MakeCache) -> None:
+    """The usual idiom: one prefilled system prompt, a copy for each question."""
+    model = model_of("llama")
+    prefix = tokens(41)
+    prefilled = make_cache()
+    _feed(model, prefilled, prefix, 41)
+    for seed in (1, 2):
+        ids = torch.cat([prefix, tokens(6, seed=seed)], dim=1)
+        again = make_cache()
+        _feed(model, again, prefix, 41)
+        expected = _generate(model, ids, again)
+        assert torch.equal(_generate(model, ids, copy.deepcopy(prefilled)), expected)
+
+
+def test_reset_and_reuse(make_cache: MakeCache) -> None:
+    model = model_of("llama")
+    cache = make_cache()
+    _feed(model, cache, tokens(47, batch=2), 47)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache.layers[0].keys is None
+    fresh = make_cache()
+    for each in (cache, fresh):
+        _feed(model, each, tokens(50, seed=4), 10)
+    _assert_same(cache, fresh)
+
+
+def test_reset_after_assisted_decoding(make_cache: MakeCache) -> None:
+    model = model_of("llama")
+    cache = make_cache()
+    _prompt_lookup(model, cache)
+    cache.reset()
+    fresh = make_cache()
+    for each in (cache, fresh):
+        _feed(model, each, tokens(50, seed=4), 10)
+    _assert_same(cache, fresh)
+
+
+def test_batch_repeat_interleave(make_cache: MakeCache) -> None:
+    model = model_of("llama")
+    ids, more = tokens(50, batch=2), tokens(9, seed=1, batch=6)
+    repeated, reference = make_cache(), make_cache()
+    _feed(model, repeated, ids, 50)
+    repeated.batch_repeat_interleave(3)
+    _feed(model, reference, ids.repeat_interleave(3, dim=0), 50)
+    _assert_same(repeated, reference)
+    torch.testing.assert_close(
+        _feed(model, repeated, more), _feed(model, reference, more), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [
+        torch.tensor([2, 0]),
+        torch.tensor([1, 1, 1, 0]),
+        torch.tensor([-1]),
+        torch.tensor([True, False, True]),
+    ],
+    ids=str,
+)
+def test_batch_select_indices(make_cache: MakeCache, indices: Tensor) -> None:
+    model = model_of("llama")
+    ids = tokens(50, batch=3)
+    more = tokens(9, seed=1, batch=3)[indices]
+    selected, reference = make_cache(), make_cache()
+    _feed(model, selected, ids, 50)
+    selected.batch_select_indices(indices)
+    _feed(model, reference, ids[indices], 50)
+    _assert_same(selected, reference)
+    torch.testing.assert_close(
+        _feed(model, selected, more), _feed(model, reference, more), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_reorder_cache(make_cache: MakeCache) -> None:
+    model = model_of("llama")
+    ids = tokens(50, batch=3)
+    reordered, reference = make_cache(), make_cache()
+    _feed(model, reordered, ids, 50)
+    reordered.reorder_cache(torch.tensor([2, 2, 0]))
+    _feed(model, reference, ids[[2, 2, 0]], 50)
+    _assert_same(reordered, reference)
+
+
+@pytest.mark.parametrize("n_removed", [1, 5, 8])
+def test_crop_within_the_tail_leaves_no_trace(make_cache: MakeCache, n_removed: int) -> None:
+    """Fed in one piece, so that no block leaves the tail because of tokens that are removed again."""
+    model = model_of("llama")
+    kept, wrong, more = tokens(52), tokens(n_removed, seed=1), tokens(12, seed=2)
+    cropped, reference = make_cache(), make_cache()
+    _feed(model, cropped, kept, 52)
+    _feed(model, reference, kept, 52)
+    for layer in cropped.layers:
+        layer.activate_past_recording()  # as speculative decoding does
+    _feed(model, cropped, wrong, n_removed)
+    cropped.crop(-n_removed)
+    _assert_same(cropped, reference)
+    torch.testing.assert_close(
+        _feed(model, cropped, more), _feed(model, reference, more), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_crop_within_the_tail_without_speculation(make_cache: MakeCache) -> None:
+    """A plain crop is without a trace, too, as long as it removes exact tokens and no block was coded since."""
+    model = model_of("llama")
+    ids, more = tokens(54), tokens(4, seed=2)
+    cropped, reference = make_cache(), make_cache()
+    _feed(model, cropped, ids, 54)  # 4 sinks, 32 coded, 18 in the tail
+    cropped.crop(-2)
+    _feed(model, reference, ids[:, :52], 52)
+    _assert_same(cropped, reference)
+    torch.testing.assert_close(
+        _feed(model, cropped, more), _feed(model, reference, more), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("n_kept", [0, 2, 4, 7, 12, 21, 36, 60])
+def test_crop_far_into_blocks(make_cache: MakeCache, n_kept: int) -> None:
+    model = model_of("llama")
+    ids = tokens(90)
+    cache = make_cache()
+    _feed(model, cache, ids, 90)
+    before = [t.clone() for t in _contents(cache)]
+    cache.crop(n_kept - 90)
+    assert cache.get_seq_length() == n_kept
+    for layer in cache.layers:
+        assert layer.get_seq_length() == n_kept
+    # What stays is what was there: coded tokens as decoded, exact ones exact.
+    for given, expected in zip(_contents(cache), before, strict=True):
+        torch.testing.assert_close(given, expected[:, :, :n_kept], rtol=1e-6, atol=1e-6)
+    logits = _feed(model, cache, ids[:, n_kept:], 5)
+    assert cache.get_seq_length() == 90
+    stats = cache.get_memory_stats()
+    assert stats["compressed_tokens"] + stats["uncompressed_tokens"] == 90
+    with torch.no_grad():
+        exact = model(ids).logits[:, n_kept:]
+    error = (logits - exact).norm() / (exact - exact.mean(-1, keepdim=True)).norm()
+    assert float(error) < 0.2
+
+
+@pytest.mark.parametrize("n_removed", [40, 41, 1000])
+def test_crop_of_everything_and_more(make_cache: MakeCache, n_removed: int) -> None:
+    cache = make_cache()
+    _feed(model_of("llama"), cache, tokens(40), 40)
+    cache.crop(-n_removed)
+    assert cache.get_seq_length() == 0
+    _feed(model_of("llama"), cache, tokens(40, seed=1), 40)
+    assert cache.get_seq_length() == 40
+
+
+def test_crop_of_nothing(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    cache.crop(0)
+    cache.crop(-3)
+    assert cache.get_seq_length() == 0
+    _feed(model_of("llama"), cache, tokens(40), 40)
+    cache.crop(0)
+    assert cache.get_seq_length() == 40
+
+
+def test_no_tokens_at_all(make_cache: MakeCache) -> None:
+    """transformers initialises some caches with tensors of length 0."""
+    cache = make_cache()
+    nothing = torch.zeros(1, 2, 0, 16)
+    keys, values = cache.update(nothing, nothing, 0)
+    assert keys.shape == values.shape == (1, 2, 0, 16)
+    assert cache.get_seq_length() == 0
+    cache.reset()
+    _feed(model_of("llama"), cache, tokens(30), 30)
+    keys, _ = cache.update(nothing, nothing, 0)
+    assert keys.shape[2] == cache.get_seq_length() == 30
+
+
+def test_gradients_are_not_kept(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    model = model_of("llama")
+    for _ in range(3):
+        model(tokens(20), past_key_values=cache)
+    assert not any(t.requires_grad for t in _contents(cache))
+
+
+def test_returned_tensors_are_the_callers_own(make_cache: MakeCache) -> None:
+    """A model may write to what `update` gives it."""
+    cache = make_cache()
+    keys = torch.randn(1, 2, 40, 16, generator=torch.Generator().manual_seed(0))
+    cache.update(keys, keys.clone(), 0)
+    before = [t.clone() for t in (cache.layers[0].keys, cache.layers[0].values)]
+    new = torch.ones(1, 2, 1, 16)
+    for tensor in cache.update(new, new.clone(), 0):
+        tensor.fill_(9.0)
+    for given, expected in zip((cache.layers[0].keys, cache.layers[0].values), before, strict=True):
+        assert torch.equal(given[:, :, :40], expected)
+        assert torch.equal(given[:, :, 40:], new)
+
+
+@pytest.mark.slow_model
+def test_the_real_model_with_its_bundled_preset(smollm2: LoadedModel, bundled_preset: Preset) -> None:
+    """At every rate from 3 bits on the answer stays, and the evaluator finds next to nothing lost."""
+    ids = smollm2.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    text = smollm2.tokenizer(inspect_documentation(), return_tensors="pt").input_ids[0]
+    assert len(text) >= 384
+    evaluator = Evaluator(smollm2.model, [text[:384]], tail=64)
+    klds = []
+    for bits in (3.0, 5.0):
+        preset = bundled_preset.with_bits(bits)
+        cache = CompressedDynamicCache.from_preset(preset, model=smollm2.model)
+        klds.append(evaluator.run(*coders(cache)).kld)
+        prompt = torch.cat([text[None, :300], ids], dim=1)
+        expected = _generate(smollm2.model, prompt, DynamicCache(), max_new_tokens=6)
+        given = _generate(smollm2.model, prompt, cache, max_new_tokens=6)
+        assert cache.get_memory_stats()["compressed_tokens"] >= 256
+        assert torch.equal(given[:, prompt.shape[1]], expected[:, prompt.shape[1]])
+    assert klds[1] < klds[0] < 0.01
+
+
+def inspect_documentation() -> str:
+    """Some prose that every Python carries."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in ("assignment", "for", "with", "try"))
