@@ -23,8 +23,10 @@ from kvlathe import (
     Evaluator,
     Preset,
     TuneOptions,
+    attach,
     corpus_from_files,
     default_corpus,
+    detach,
     load_model,
     tune,
 )
@@ -114,7 +116,9 @@ def main() -> int:
     stock_bytes = sum(t.numel() * t.element_size() for layer in stock_cache.layers for t in (layer.keys, layer.values))
     say("the same with the compressed cache")
     cache = CompressedDynamicCache.from_preset(preset, model=model, uncompressed_tail=128)
+    attach(model)
     our_new, our_prefill, our_ms = generate(model, ids, cache, arguments.new_tokens)
+    detach(model)
     stats = cache.get_memory_stats()
 
     say(f"measuring quality on {arguments.evaluation_windows} held-out windows of 1024 tokens")
@@ -131,7 +135,7 @@ def main() -> int:
         ("KLD, nats", "0", f"{quality.kld:.5f}", f"99 % of positions below {quality.kld_p99:.4f}"),
         ("same top-1 token", "100 %", f"{100 * quality.top1:.2f} %", ""),
         ("prefill, s", f"{stock_prefill:.1f}", f"{our_prefill:.1f}", ""),
-        ("decode, ms a token", f"{stock_ms:.0f}", f"{our_ms:.0f}", "ours expands each layer for each token"),
+        ("decode, ms a token", f"{stock_ms:.0f}", f"{our_ms:.0f}", f"{stock_ms / our_ms:.2f}x as fast, one run"),
     ]
     say("")
     for name, stock, ours, note in rows:
