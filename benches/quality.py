@@ -40,15 +40,27 @@ from kvlathe.fisher import gradient_free_pass
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--bits", type=float, nargs="+", default=[2.0, 3.0, 4.0], help="of the coefficients; 16 bits a token and stream come on top")
-    parser.add_argument("--seed-ranks", type=int, nargs="*", default=[48, 56], help="ranks of the seed's V-only configuration")
+    parser.add_argument(
+        "--bits",
+        type=float,
+        nargs="+",
+        default=[2.0, 3.0, 4.0],
+        help="of the coefficients; 16 bits a token and stream come on top",
+    )
+    parser.add_argument(
+        "--seed-ranks", type=int, nargs="*", default=[48, 56], help="ranks of the seed's V-only configuration"
+    )
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--calibration-windows", type=int, default=40)
-    parser.add_argument("--same-preset", type=Path, help="reuse this calibration on the text instead of making one")
+    parser.add_argument(
+        "--same-preset", type=Path, help="reuse this calibration on the text instead of making one"
+    )
     parser.add_argument("--default-preset", type=Path, help="reuse this calibration on the default corpus")
     parser.add_argument("--output", type=Path, help="JSON of all figures")
     return parser.parse_args()
@@ -64,7 +76,11 @@ def value_moments(model: Any, calibration: Sequence[torch.Tensor]) -> Moments:
     def on_layer(layer: int, _q: torch.Tensor, _k: torch.Tensor, v: torch.Tensor) -> None:
         x = v.flatten(0, 2).double()
         d = x.shape[1]
-        zero = [torch.zeros((), dtype=x.dtype), torch.zeros(d, dtype=x.dtype), torch.zeros(d, d, dtype=x.dtype)]
+        zero = [
+            torch.zeros((), dtype=x.dtype),
+            torch.zeros(d, dtype=x.dtype),
+            torch.zeros(d, d, dtype=x.dtype),
+        ]
         total = moments.get(layer, zero)
         moments[layer] = [total[0] + len(x), total[1] + x.sum(0), total[2] + x.T @ x]
 
@@ -126,7 +142,9 @@ def main() -> int:
     start = time.perf_counter()
     evaluator = Evaluator(model, judged)
     rows = []
-    print("| cache | bits a value | KLD | KLD, 99th percentile | perplexity | top-1 |\n|---|---|---|---|---|---|")
+    print(
+        "| cache | bits a value | KLD | KLD, 99th percentile | perplexity | top-1 |\n|---|---|---|---|---|---|"
+    )
     for calibrated_on, preset in presets.items():
         side_bits = 16 / preset.meta["head_dim"]
         for bits in arguments.bits:
@@ -138,7 +156,9 @@ def main() -> int:
     moments = value_moments(model, same) if arguments.seed_ranks else {}
     for rank in arguments.seed_ranks:
         quality = evaluator.run(*coders(seed_cache(moments, rank)))
-        rows.append(row(f"seed: V only, rank {rank} of {head_dim}, int8", 16.0, (8 * rank + 32) / head_dim, quality))
+        rows.append(
+            row(f"seed: V only, rank {rank} of {head_dim}, int8", 16.0, (8 * rank + 32) / head_dim, quality)
+        )
     print(
         f"\n{loaded.name}, {len(judged)} windows of {arguments.window} tokens of {corpus.name}, "
         f"{time.perf_counter() - start:.0f} s; torch {torch.__version__}, transformers {transformers.__version__}, "

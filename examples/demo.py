@@ -40,12 +40,20 @@ QUESTION = "\n\nIn short, the text above explains"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recalibrate", action="store_true", help="calibrate and tune from scratch first (about 10 minutes)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--recalibrate", action="store_true", help="calibrate and tune from scratch first (about 10 minutes)"
+    )
     parser.add_argument("--text", type=Path, help="a text file to use instead of this Python's documentation")
-    parser.add_argument("--context", type=int, default=3000, help="tokens of the prompt (default %(default)s)")
+    parser.add_argument(
+        "--context", type=int, default=3000, help="tokens of the prompt (default %(default)s)"
+    )
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate (default %(default)s)")
-    parser.add_argument("--evaluation-windows", type=int, default=6, help="windows of 1024 tokens (default %(default)s)")
+    parser.add_argument(
+        "--evaluation-windows", type=int, default=6, help="windows of 1024 tokens (default %(default)s)"
+    )
     return parser.parse_args()
 
 
@@ -62,17 +70,26 @@ def recalibrated_preset(model: Any, tokenizer: Any, corpus: Any) -> Preset:
     say("calibrating and tuning from scratch: at most +1 % perplexity and a KLD of 0.005")
     options = TuneOptions(target_ppl_delta=0.01, target_kld=0.005)
     say(CURVE_HEADER)
-    result = tune(model, tokenizer, corpus, options, name=MODEL, on_note=say, on_point=lambda p: say(format_point(p)))
+    result = tune(
+        model, tokenizer, corpus, options, name=MODEL, on_note=say, on_point=lambda p: say(format_point(p))
+    )
     return result.preset
 
 
 @torch.no_grad()
-def generate(model: Any, ids: torch.Tensor, cache: DynamicCache, new_tokens: int) -> tuple[torch.Tensor, float, float]:
+def generate(
+    model: Any, ids: torch.Tensor, cache: DynamicCache, new_tokens: int
+) -> tuple[torch.Tensor, float, float]:
     """Greedy decoding; returns the new tokens, seconds of prefill, and milliseconds a decoded token."""
     start = time.perf_counter()
     # Prefill in chunks of 512 tokens, so that a compressed cache never holds the whole prompt exactly.
     model.generate(
-        input_ids=ids, past_key_values=cache, max_new_tokens=1, do_sample=False, prefill_chunk_size=512, pad_token_id=0
+        input_ids=ids,
+        past_key_values=cache,
+        max_new_tokens=1,
+        do_sample=False,
+        prefill_chunk_size=512,
+        pad_token_id=0,
     )
     prefill = time.perf_counter() - start
     # The last prompt token was answered but not kept by `generate`; crop keeps both caches alike.
@@ -89,7 +106,11 @@ def generate(model: Any, ids: torch.Tensor, cache: DynamicCache, new_tokens: int
 def wrap(text: str, width: int = 96) -> str:
     import textwrap
 
-    return "\n".join(textwrap.fill(" ".join(text.split()), width, initial_indent="    ", subsequent_indent="    ").splitlines())
+    return "\n".join(
+        textwrap.fill(
+            " ".join(text.split()), width, initial_indent="    ", subsequent_indent="    "
+        ).splitlines()
+    )
 
 
 def main() -> int:
@@ -102,7 +123,9 @@ def main() -> int:
     corpus = corpus_from_files(arguments.text) if arguments.text else default_corpus()
     preset = recalibrated_preset(model, tokenizer, corpus) if arguments.recalibrate else shipped_preset()
     preset.check_model(model.config)
-    say(f"preset: {preset.bits_per_value:.2f} bits a value, sinks {preset.n_sinks}; keeping 128 recent tokens exact")
+    say(
+        f"preset: {preset.bits_per_value:.2f} bits a value, sinks {preset.n_sinks}; keeping 128 recent tokens exact"
+    )
 
     limit = int(model.config.max_position_embeddings) - arguments.new_tokens - 64
     context = min(arguments.context, limit)
@@ -113,7 +136,9 @@ def main() -> int:
     say(f"generating {arguments.new_tokens} tokens after a prompt of {ids.shape[1]}: stock cache")
     stock_cache = DynamicCache()
     stock_new, stock_prefill, stock_ms = generate(model, ids, stock_cache, arguments.new_tokens)
-    stock_bytes = sum(t.numel() * t.element_size() for layer in stock_cache.layers for t in (layer.keys, layer.values))
+    stock_bytes = sum(
+        t.numel() * t.element_size() for layer in stock_cache.layers for t in (layer.keys, layer.values)
+    )
     say("the same with the compressed cache")
     cache = CompressedDynamicCache.from_preset(preset, model=model, uncompressed_tail=128)
     attach(model)
@@ -128,21 +153,48 @@ def main() -> int:
 
     rows = [
         ("", "DynamicCache", "kvlathe", ""),
-        ("cache, MB", f"{stock_bytes / 2**20:.1f}", f"{stats['total_mb']:.1f}", f"{stock_bytes / stats['total_bytes']:.1f}x smaller"),
-        ("bits a value, all told", f"{32.0:.1f}", f"{stats['bits_per_value']:.2f}", "sinks, tail and padding included"),
-        ("bits a value, coded part", f"{32.0:.1f}", f"{preset.bits_per_value:.2f}", "gain and guard included"),
-        ("perplexity", f"{quality.exact_perplexity:.3f}", f"{quality.perplexity:.3f}", f"{100 * quality.ppl_delta:+.2f} %"),
+        (
+            "cache, MB",
+            f"{stock_bytes / 2**20:.1f}",
+            f"{stats['total_mb']:.1f}",
+            f"{stock_bytes / stats['total_bytes']:.1f}x smaller",
+        ),
+        (
+            "bits a value, all told",
+            f"{32.0:.1f}",
+            f"{stats['bits_per_value']:.2f}",
+            "sinks, tail and padding included",
+        ),
+        (
+            "bits a value, coded part",
+            f"{32.0:.1f}",
+            f"{preset.bits_per_value:.2f}",
+            "gain and guard included",
+        ),
+        (
+            "perplexity",
+            f"{quality.exact_perplexity:.3f}",
+            f"{quality.perplexity:.3f}",
+            f"{100 * quality.ppl_delta:+.2f} %",
+        ),
         ("KLD, nats", "0", f"{quality.kld:.5f}", f"99 % of positions below {quality.kld_p99:.4f}"),
         ("same top-1 token", "100 %", f"{100 * quality.top1:.2f} %", ""),
         ("prefill, s", f"{stock_prefill:.1f}", f"{our_prefill:.1f}", ""),
-        ("decode, ms a token", f"{stock_ms:.0f}", f"{our_ms:.0f}", f"{stock_ms / our_ms:.2f}x as fast, one run"),
+        (
+            "decode, ms a token",
+            f"{stock_ms:.0f}",
+            f"{our_ms:.0f}",
+            f"{stock_ms / our_ms:.2f}x as fast, one run",
+        ),
     ]
     say("")
     for name, stock, ours, note in rows:
         say(f"{name:<26}{stock:>14}{ours:>12}   {note}")
     agreeing = int((stock_new == our_new).int().cumprod(0).sum()) if len(stock_new) == len(our_new) else 0
     say(f"\nDynamicCache wrote:\n{wrap(tokenizer.decode(stock_new))}")
-    say(f"kvlathe wrote (first {agreeing} of {len(our_new)} tokens the same):\n{wrap(tokenizer.decode(our_new))}")
+    say(
+        f"kvlathe wrote (first {agreeing} of {len(our_new)} tokens the same):\n{wrap(tokenizer.decode(our_new))}"
+    )
     return 0
 
 

@@ -3,6 +3,17 @@ from typing import Literal, final
 
 from torch import Tensor
 
+__all__ = [
+    "LowRankCodec",
+    "Moments",
+    "NativeLayer",
+    "Preset",
+    "StreamSetCodec",
+    "fingerprint",
+    "instruction_sets",
+    "version",
+]
+
 _Side = Literal["key", "value"]
 _Pairing = Literal["half_split", "interleaved"]
 

@@ -57,7 +57,8 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument(
         "--target-ppl-delta",
         type=_positive,
-        help="largest rise of perplexity on held-out text as a fraction: 0.05 = +5 %% (the default without --target-kld)",
+        help="largest rise of perplexity on held-out text as a fraction: 0.05 = +5 %% "
+        "(the default without --target-kld)",
     )
     budget.add_argument(
         "--target-kld", type=_positive, help="largest mean KL divergence from the exact cache, in nats"
@@ -73,7 +74,8 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
         "--text",
         nargs="+",
         type=Path,
-        help="text files or folders; one part calibrates, the other judges (default: this Python's documentation and sources)",
+        help="text files or folders; one part calibrates, the other judges "
+        "(default: this Python's documentation and sources)",
     )
     text.add_argument("--window", type=_count, default=1024, help="tokens of a window (default %(default)s)")
     text.add_argument("--calibration-windows", type=_count, default=32, help="default %(default)s")
@@ -211,7 +213,8 @@ def run_show(arguments: argparse.Namespace) -> int:
         f"KV heads         {lathe['n_kv_heads']}, blocks of {lathe['block_len']} tokens, {lathe['n_sinks']} sinks"
     )
     print(
-        f"calibrated       {lathe['created']} on {calibration.get('n_tokens', '?')} tokens of {calibration.get('text', '?')}"
+        f"calibrated       {lathe['created']} on {calibration.get('n_tokens', '?')} tokens "
+        f"of {calibration.get('text', '?')}"
     )
     if not measured:
         print("measured         nothing at this rate: its quality is not verified")
@@ -221,7 +224,8 @@ def run_show(arguments: argparse.Namespace) -> int:
         f"perplexity       {measured['baseline_perplexity']:.4f} exact, {measured['perplexity']:.4f} compressed"
     )
     print(
-        f"KLD              {measured['kld']:.5f} nats, at most {measured['kld_bound']:.5f} with {measured['confidence']:.0%}"
+        f"KLD              {measured['kld']:.5f} nats, at most {measured['kld_bound']:.5f} "
+        f"with {measured['confidence']:.0%}"
     )
     print(f"top-1 agreement  {measured['top1']:.2%}")
     return 0

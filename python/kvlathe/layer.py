@@ -149,7 +149,7 @@ class CompressedLayer(DynamicLayer):
         softcap: float | None = None,
         sink_scores: Tensor | None = None,
     ) -> Tensor:
-        """Attention from the packed blocks, for the stubs that the last `update` gave: [B, Hq, q, D] to [B, q, Hq, D]."""
+        """Attention from the packed blocks, for the stubs of the last `update`: [B, Hq, q, D] to [B, q, Hq, D]."""
         store = self._store
         assert isinstance(store, NativeStore)
         out = store.attend(queries, mask=mask, scaling=scaling, softcap=softcap, sink_scores=sink_scores)

@@ -49,11 +49,16 @@ def _calibrated(name: str, block_len: int, overrides: tuple[tuple[str, Any], ...
 def preset_of(name: str, bits: float = 6.0, block_len: int = 8, **overrides: Any) -> Preset:
     """A calibrated preset of a tiny model; ``bits`` without the side information."""
     preset = _calibrated(name, block_len, tuple(sorted(overrides.items())))
-    return preset.with_bits(bits + 16.0 / preset.meta["head_dim"] + 1e-6)
+    return preset.with_bits(bits + 16.0 / preset.meta["head_dim"])
 
 
 def stream_compressor(
-    name: str = "llama", bits: float = 6.0, block_len: int = 8, layer: int = 0, side: Side = "key", **overrides: Any
+    name: str = "llama",
+    bits: float = 6.0,
+    block_len: int = 8,
+    layer: int = 0,
+    side: Side = "key",
+    **overrides: Any,
 ) -> StreamSetCompressor:
     """One side's calibrated codec."""
     preset = preset_of(name, bits, block_len, **overrides)
@@ -66,7 +71,9 @@ def identity_cache(model: PreTrainedModel) -> CompressedDynamicCache:
     return CompressedDynamicCache([IdentityCompressor()] * n, [IdentityCompressor()] * n, num_layers=n)
 
 
-def compressed_cache(name: str, bits: float = 6.0, tail: int = TAIL, start: int = 0) -> CompressedDynamicCache:
+def compressed_cache(
+    name: str, bits: float = 6.0, tail: int = TAIL, start: int = 0
+) -> CompressedDynamicCache:
     """A calibrated cache for a tiny model."""
     return CompressedDynamicCache.from_preset(
         preset_of(name, bits), model=model_of(name), uncompressed_tail=tail, compress_start_len=start
@@ -86,7 +93,9 @@ def orthonormal(head_dim: int, rank: int, seed: int = 0) -> Tensor:
     return torch.linalg.qr(torch.randn(head_dim, rank, generator=generator, dtype=torch.float64)).Q.float()
 
 
-def low_rank(head_dim: int = 16, rank: int = 12, bits: int = 8, seed: int = 0) -> QuantizedCalibratedCompressor:
+def low_rank(
+    head_dim: int = 16, rank: int = 12, bits: int = 8, seed: int = 0
+) -> QuantizedCalibratedCompressor:
     """The seed's compressor with a random basis and mean."""
     generator = torch.Generator().manual_seed(seed + 1)
     return QuantizedCalibratedCompressor(
@@ -95,7 +104,13 @@ def low_rank(head_dim: int = 16, rank: int = 12, bits: int = 8, seed: int = 0) -
 
 
 def random_kv(
-    n_tokens: int, *, batch: int = 1, heads: int = 2, dim: int = 16, seed: int = 0, dtype: torch.dtype = torch.float32
+    n_tokens: int,
+    *,
+    batch: int = 1,
+    heads: int = 2,
+    dim: int = 16,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Random keys and values [batch, heads, n_tokens, dim]."""
     generator = torch.Generator().manual_seed(seed)

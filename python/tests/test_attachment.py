@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import VOCAB, tiny
 from transformers import DynamicCache, PreTrainedModel
 
 from kvlathe import CalibrationOptions, CompressedDynamicCache, Preset, attach, calibrate, detach
 from kvlathe.attachment import ATTENTION_NAME
 from kvlathe.errors import ModelError
+from tiny_models import VOCAB, tiny
 
 MODELS = [
-    "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_neox", "glm", "cohere", "smollm3", "stablelm", "gpt_oss",
+    "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_neox", "glm", "cohere",
+    "smollm3", "stablelm", "gpt_oss",
 ]  # fmt: skip
 _PRESETS: dict[str, Preset] = {}
 
@@ -39,7 +40,9 @@ def logits_of(
     at = ids.shape[1] - sum(steps)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     outputs = []
-    for start, end in [(0, at)] + [(at + sum(steps[:i]), at + sum(steps[: i + 1])) for i in range(len(steps))]:
+    for start, end in [(0, at)] + [
+        (at + sum(steps[:i]), at + sum(steps[: i + 1])) for i in range(len(steps))
+    ]:
         out = model(
             input_ids=ids[:, start:end],
             attention_mask=mask[:, :end],
@@ -76,14 +79,18 @@ def test_logits_are_those_of_the_expanded_path(name: str, padding: int) -> None:
         torch.testing.assert_close(a[:, keep], b[:, keep], atol=2e-3, rtol=2e-3)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 16}])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 16}]
+)
 def test_generate(kwargs: dict[str, int]) -> None:
     model = tiny("llama")
     preset = preset_of("llama", model)
     ids = prompt(1, 50)
     common = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **kwargs}
     expected = model.generate(
-        input_ids=ids, past_key_values=CompressedDynamicCache.from_preset(preset, uncompressed_tail=8), **common
+        input_ids=ids,
+        past_key_values=CompressedDynamicCache.from_preset(preset, uncompressed_tail=8),
+        **common,
     )
     attach(attach(model))
     try:

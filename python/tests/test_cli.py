@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kvlathe import Preset
 from kvlathe.cli import main, tune_main
+from tiny_models import tiny
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "auto_tune_kv_compression.py"
 
@@ -40,7 +40,9 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(model_folder: Path, text_file: Path, output: Path, *more: str) -> list[str]:
-    small = "--window 96 --calibration-windows 8 --evaluation-windows 4 --keep-recent 16 --block-len 8".split()
+    small = (
+        "--window 96 --calibration-windows 8 --evaluation-windows 4 --keep-recent 16 --block-len 8".split()
+    )
     return ["--model", str(model_folder), "--text", str(text_file), "--output", str(output), *small, *more]
 
 

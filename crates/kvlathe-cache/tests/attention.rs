@@ -45,13 +45,23 @@ struct Case {
 fn largest_error<E: Element>(case: &Case) -> f64 {
     let Case { batch, heads, group, d, n_tokens, n_queries, masked, softcap, sinks } = *case;
     let policy = Policy { n_sinks: 4, compress_start_len: 0, n_tail: 20 };
-    let mut cache =
-        LayerCache::<E>::new(stream_set(heads, d, true), stream_set(heads, d, false), policy, batch, heads, (d, d)).unwrap();
+    let mut cache = LayerCache::<E>::new(
+        stream_set(heads, d, true),
+        stream_set(heads, d, false),
+        policy,
+        batch,
+        heads,
+        (d, d),
+    )
+    .unwrap();
     let shape = [batch, heads, n_tokens, d];
     let make = |seed| wave(seed, shape.iter().product()).into_iter().map(E::from_f32).collect::<Vec<E>>();
     let (keys, values) = (make(1), make(2));
     cache
-        .append(TensorView::contiguous(&keys, shape).unwrap(), TensorView::contiguous(&values, shape).unwrap())
+        .append(
+            TensorView::contiguous(&keys, shape).unwrap(),
+            TensorView::contiguous(&values, shape).unwrap(),
+        )
         .unwrap();
     cache.compress().unwrap();
     assert!(n_tokens < 60 || cache.n_coded() > 0);
@@ -102,9 +112,12 @@ fn largest_error<E: Element>(case: &Case) -> f64 {
                         if visible { score.exp() } else { 0.0 }
                     })
                     .collect();
-                let total = weights.iter().sum::<f64>() + if sinks { f64::from(sink_scores[h]).exp() } else { 0.0 };
+                let total =
+                    weights.iter().sum::<f64>() + if sinks { f64::from(sink_scores[h]).exp() } else { 0.0 };
                 for j in 0..d {
-                    let expected = (0..n_tokens).map(|t| weights[t] * f64::from(v[at(t, j)].to_f32())).sum::<f64>() / total;
+                    let expected =
+                        (0..n_tokens).map(|t| weights[t] * f64::from(v[at(t, j)].to_f32())).sum::<f64>()
+                            / total;
                     let got = f64::from(out[((b * n_queries + query) * query_heads + h) * d + j].to_f32());
                     worst = worst.max((got - expected).abs());
                     size = size.max(expected.abs());
@@ -116,7 +129,17 @@ fn largest_error<E: Element>(case: &Case) -> f64 {
 }
 
 fn case() -> Case {
-    Case { batch: 1, heads: 2, group: 3, d: 64, n_tokens: 700, n_queries: 1, masked: false, softcap: None, sinks: false }
+    Case {
+        batch: 1,
+        heads: 2,
+        group: 3,
+        d: 64,
+        n_tokens: 700,
+        n_queries: 1,
+        masked: false,
+        softcap: None,
+        sinks: false,
+    }
 }
 
 #[test]
@@ -149,7 +172,8 @@ fn bfloat16_within_its_rounding() {
 fn queries_that_see_nothing_give_zeros() {
     let policy = Policy { n_sinks: 0, compress_start_len: 0, n_tail: 0 };
     let mut cache =
-        LayerCache::<f32>::new(stream_set(1, 16, false), stream_set(1, 16, false), policy, 1, 1, (16, 16)).unwrap();
+        LayerCache::<f32>::new(stream_set(1, 16, false), stream_set(1, 16, false), policy, 1, 1, (16, 16))
+            .unwrap();
     let x = wave(1, 16 * 40);
     let view = TensorView::contiguous(&x, [1, 1, 40, 16]).unwrap();
     cache.append(view, view).unwrap();
@@ -162,7 +186,8 @@ fn queries_that_see_nothing_give_zeros() {
 
 #[test]
 fn what_does_not_fit_is_refused() {
-    let mut exact = LayerCache::<f32>::new(Coding::Exact, Coding::Exact, Policy::default(), 1, 2, (8, 8)).unwrap();
+    let mut exact =
+        LayerCache::<f32>::new(Coding::Exact, Coding::Exact, Policy::default(), 1, 2, (8, 8)).unwrap();
     let x = wave(1, 2 * 8);
     let view = TensorView::contiguous(&x, [1, 2, 1, 8]).unwrap();
     exact.append(view, view).unwrap();
@@ -170,11 +195,14 @@ fn what_does_not_fit_is_refused() {
     assert_eq!(exact.attend(view, AttentionOptions::default(), &mut out), Err(CacheError::NotFused));
 
     let policy = Policy::default();
-    let mut cache = LayerCache::<f32>::new(stream_set(2, 8, false), stream_set(2, 8, false), policy, 1, 2, (8, 8)).unwrap();
+    let mut cache =
+        LayerCache::<f32>::new(stream_set(2, 8, false), stream_set(2, 8, false), policy, 1, 2, (8, 8))
+            .unwrap();
     cache.append(view, view).unwrap();
     let three_heads = wave(1, 3 * 8);
     let queries = TensorView::contiguous(&three_heads, [1, 3, 1, 8]).unwrap();
-    let message = cache.attend(queries, AttentionOptions::default(), &mut vec![0.0; 24]).unwrap_err().to_string();
+    let message =
+        cache.attend(queries, AttentionOptions::default(), &mut vec![0.0; 24]).unwrap_err().to_string();
     assert!(message.contains("query heads"), "{message}");
     let short_mask = AttentionOptions { mask: Some(&[1; 3]), ..AttentionOptions::default() };
     assert!(cache.attend(view, short_mask, &mut out).is_err());

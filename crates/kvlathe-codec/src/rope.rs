@@ -132,7 +132,8 @@ impl Rope {
     /// Begins at R(−`position`); each [`RotationWalk::advance`] adds `step` to the position.
     #[must_use]
     pub fn walk_back(&self, position: i64, step: i64) -> RotationWalk {
-        let angles = |by: i64| self.inv_freq.iter().map(move |f| (f * -by as f64).sin_cos()).map(|(s, c)| (c, s));
+        let angles =
+            |by: i64| self.inv_freq.iter().map(move |f| (f * -by as f64).sin_cos()).map(|(s, c)| (c, s));
         RotationWalk {
             at: angles(position).collect(),
             step: angles(step).collect(),

@@ -1,7 +1,8 @@
 //! Attention's products with packed blocks, against "decode, then multiply in f64".
 
 use kvlathe_codec::{
-    Basis, CoefficientSums, Isa, Pairing, Rope, Scratch, StreamTables, Tokens, Width, available_isas, reference,
+    Basis, CoefficientSums, Isa, Pairing, Rope, Scratch, StreamTables, Tokens, Width, available_isas,
+    reference,
 };
 
 fn wave(seed: usize, n: usize) -> Vec<f32> {
@@ -45,9 +46,12 @@ const NONE: [Width; 4] = [Width::W0; 4];
 
 #[test]
 fn scores_are_those_of_the_decoded_keys() {
-    for (d, n, n_queries, widths) in [(64, 32, 7, ALL), (80, 16, 1, ALL), (128, 64, 16, ALL), (96, 8, 3, ALL), (64, 32, 2, NONE)] {
+    for (d, n, n_queries, widths) in
+        [(64, 32, 7, ALL), (80, 16, 1, ALL), (128, 64, 16, ALL), (96, 8, 3, ALL), (64, 32, 2, NONE)]
+    {
         for pairing in [Pairing::HalfSplit, Pairing::Interleaved] {
-            let rope = Rope::new(pairing, d / 2, (0..d / 4).map(|i| 0.7f64.powi(i as i32)).collect()).unwrap();
+            let rope =
+                Rope::new(pairing, d / 2, (0..d / 4).map(|i| 0.7f64.powi(i as i32)).collect()).unwrap();
             let tables = tables(d, n, Some(&rope), widths);
             let centre = 5000;
             let queries = wave(21, n_queries * d);
@@ -59,10 +63,17 @@ fn scores_are_those_of_the_decoded_keys() {
                 tables.score_block(isa, &packed, Some(&back), &queries, &mut scores, &mut scratch).unwrap();
                 for q in 0..n_queries {
                     for t in 0..n {
-                        let products = (0..d).map(|j| f64::from(queries[q * d + j]) * f64::from(decoded[t * d + j]));
-                        let (sum, size) = products.fold((0.0, 0.0), |(s, a): (f64, f64), p| (s + p, a + p.abs()));
+                        let products =
+                            (0..d).map(|j| f64::from(queries[q * d + j]) * f64::from(decoded[t * d + j]));
+                        let (sum, size) =
+                            products.fold((0.0, 0.0), |(s, a): (f64, f64), p| (s + p, a + p.abs()));
                         let error = (f64::from(scores[q * n + t]) - sum).abs();
-                        assert!(error <= 2e-5 * size + 1e-6, "{} d={d}: {} for {sum}", isa.name(), scores[q * n + t]);
+                        assert!(
+                            error <= 2e-5 * size + 1e-6,
+                            "{} d={d}: {} for {sum}",
+                            isa.name(),
+                            scores[q * n + t]
+                        );
                     }
                 }
             }
@@ -72,7 +83,8 @@ fn scores_are_those_of_the_decoded_keys() {
 
 #[test]
 fn sums_are_those_of_the_decoded_values() {
-    for (d, n, n_queries, widths) in [(64, 32, 7, ALL), (80, 16, 1, ALL), (256, 32, 2, ALL), (64, 8, 3, NONE)] {
+    for (d, n, n_queries, widths) in [(64, 32, 7, ALL), (80, 16, 1, ALL), (256, 32, 2, ALL), (64, 8, 3, NONE)]
+    {
         let tables = tables(d, n, None, widths);
         for isa in available_isas() {
             let (packed, decoded) = block(&tables, None, 0, isa);
@@ -91,7 +103,12 @@ fn sums_are_those_of_the_decoded_values() {
                         (0..n).map(|t| 1.5 * f64::from(weights[q * n + t]) * f64::from(decoded[t * d + j]));
                     let (sum, size) = products.fold((0.0, 0.0), |(s, a): (f64, f64), p| (s + p, a + p.abs()));
                     let error = (f64::from(out[q * d + j]) - sum).abs();
-                    assert!(error <= 5e-5 * size + 1e-5, "{} d={d}: {} for {sum}", isa.name(), out[q * d + j]);
+                    assert!(
+                        error <= 5e-5 * size + 1e-5,
+                        "{} d={d}: {} for {sum}",
+                        isa.name(),
+                        out[q * d + j]
+                    );
                 }
             }
         }

@@ -30,15 +30,9 @@ fn chunk(heads: usize, head_dim: usize) -> Vec<f32> {
 fn prefill(codings: &[LayerCodings], data: &[f32], heads: usize, head_dim: usize) {
     let policy = Policy { n_sinks: 4, compress_start_len: 0, n_tail: 128 };
     for coding in codings {
-        let mut layer = LayerCache::new(
-            coding.key.clone(),
-            coding.value.clone(),
-            policy,
-            1,
-            heads,
-            (head_dim, head_dim),
-        )
-        .expect("the preset's shape");
+        let mut layer =
+            LayerCache::new(coding.key.clone(), coding.value.clone(), policy, 1, heads, (head_dim, head_dim))
+                .expect("the preset's shape");
         for _ in 0..N_CHUNKS {
             let view = TensorView::contiguous(data, [1, heads, CHUNK, head_dim]).expect("a whole chunk");
             layer.append(view, view).expect("finite values");

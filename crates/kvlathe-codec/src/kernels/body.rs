@@ -1,13 +1,13 @@
 //! The portable text of the kernels. Loops over tokens are innermost and free of branches, for the vectoriser, and
 //! there are no closures: the compiler would build them without the caller's instruction set.
 
-use super::{LANES, Scratch};
 use super::multiply::Multiply;
+use super::{LANES, Scratch};
 use crate::basis::StreamTables;
 use crate::block::{SIDE_BYTES_PER_TOKEN, pack_row, row_bytes, unpack_row};
 use crate::gain::{GUARD_SCALES, gain, gain_code, pack_side, unpack_side};
-use crate::rope::Rotation;
 use crate::reference::{GUARD_CANDIDATES, smallest_safe_guard};
+use crate::rope::Rotation;
 
 type Lanes = [f32; LANES];
 
@@ -147,7 +147,13 @@ pub(super) fn decode<M: Multiply>(tables: &StreamTables, packed: &[u8], scratch:
 
 /// Codes of all coefficients to levels `[n_rows, block_len]`; rows beyond the coded ones are zero.
 #[inline(always)]
-pub(super) fn unpack_levels(tables: &StreamTables, mut rows: &[u8], z: &mut [f32], codes: &mut [u8], n_rows: usize) {
+pub(super) fn unpack_levels(
+    tables: &StreamTables,
+    mut rows: &[u8],
+    z: &mut [f32],
+    codes: &mut [u8],
+    n_rows: usize,
+) {
     let n = tables.block_len;
     for (i, coded) in tables.coded.iter().enumerate() {
         let (row, rest) = rows.split_at(row_bytes(coded.width, n));

@@ -28,7 +28,13 @@ fn exp(x: f32) -> f32 {
 /// `rescale[q]` receives the factor by which what was summed before must be multiplied (1 if the maximum stayed).
 /// Scores of −∞ weigh nothing; a query without any finite score keeps maximum −∞.
 #[inline(always)]
-pub(super) fn weigh<M: Multiply>(scores: &mut [f32], n: usize, max: &mut [f32], sum: &mut [f32], rescale: &mut [f32]) {
+pub(super) fn weigh<M: Multiply>(
+    scores: &mut [f32],
+    n: usize,
+    max: &mut [f32],
+    sum: &mut [f32],
+    rescale: &mut [f32],
+) {
     for (q, scores) in scores.chunks_exact_mut(n).enumerate() {
         let mut largest = max[q];
         for score in scores.iter() {
