@@ -8,7 +8,6 @@ Run it with ``make demo``. It needs nothing but what ``make setup`` installs: th
 from __future__ import annotations
 
 import argparse
-import importlib.resources
 import sys
 import time
 from pathlib import Path
@@ -33,9 +32,9 @@ from kvlathe import (
 from kvlathe.cli import CURVE_HEADER, format_point
 from kvlathe.corpus import windows
 from kvlathe.evaluation import coders
+from kvlathe.presets import smollm2
 
 MODEL = "smollm2"
-PRESET = "smollm2-135m-instruct.safetensors"
 QUESTION = "\n\nIn short, the text above explains"
 
 
@@ -59,11 +58,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def say(message: str) -> None:
     print(message, flush=True)
-
-
-def shipped_preset() -> Preset:
-    with importlib.resources.as_file(importlib.resources.files("kvlathe") / "presets" / PRESET) as path:
-        return Preset.load(path)
 
 
 def recalibrated_preset(model: Any, tokenizer: Any, corpus: Any) -> Preset:
@@ -121,7 +115,7 @@ def main() -> int:
     loaded = load_model(MODEL)
     model, tokenizer = loaded.model, loaded.tokenizer
     corpus = corpus_from_files(arguments.text) if arguments.text else default_corpus()
-    preset = recalibrated_preset(model, tokenizer, corpus) if arguments.recalibrate else shipped_preset()
+    preset = recalibrated_preset(model, tokenizer, corpus) if arguments.recalibrate else Preset.load(smollm2())
     preset.check_model(model.config)
     say(
         f"preset: {preset.bits_per_value:.2f} bits a value, sinks {preset.n_sinks}; keeping 128 recent tokens exact"
