@@ -115,7 +115,9 @@ def main() -> int:
     loaded = load_model(MODEL)
     model, tokenizer = loaded.model, loaded.tokenizer
     corpus = corpus_from_files(arguments.text) if arguments.text else default_corpus()
-    preset = recalibrated_preset(model, tokenizer, corpus) if arguments.recalibrate else Preset.load(smollm2())
+    preset = (
+        recalibrated_preset(model, tokenizer, corpus) if arguments.recalibrate else Preset.load(smollm2())
+    )
     preset.check_model(model.config)
     say(
         f"preset: {preset.bits_per_value:.2f} bits a value, sinks {preset.n_sinks}; keeping 128 recent tokens exact"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._native import LowRankCodec, StreamSetCodec
-from .errors import DtypeError, NonFiniteError, PresetError, ShapeError
+from .errors import DeviceError, DtypeError, NonFiniteError, PresetError, ShapeError
 from .torch_codec import TorchStreamCodec
 
 # Largest entry of |UᵀU - I| that passes for orthonormal; U may have been stored in float16.
@@ -71,11 +71,11 @@ class QuantizedCalibratedCompressor(nn.Module):
             raise ShapeError(f"bits is {bits}, expected 8 (int8) or 16 (float16)")
         u = torch.as_tensor(U).detach().to(torch.float32)
         m = torch.as_tensor(mean).detach().to(torch.float32)
+        if u.device != m.device or u.is_meta:
+            raise DeviceError(
+                f"U is on {u.device} and mean on {m.device}; put both on one device with memory"
+            )
         _check_shared_basis(u, m)
-        if u.device != m.device:
-            from .errors import DeviceError
-
-            raise DeviceError(f"U is on {u.device} and mean on {m.device}; put both on one device")
         self.register_buffer("U", u.contiguous())
         self.register_buffer("mean", m.contiguous())
         self.bits = bits
@@ -220,7 +220,8 @@ class StreamSetCompressor(nn.Module):
             raise DtypeError(f"cannot expand to {dtype}, expected float32, bfloat16 or float16")
         shape = (coded.shape[0], self.native.n_heads, coded.shape[1] * self.block_len, self.native.head_dim)
         out = torch.empty(shape, dtype=dtype)
-        self.native.decode(coded, position, out)
+        # A cache may hand over part of a longer run; the native code reads it as one piece.
+        self.native.decode(coded.contiguous(), position, out)
         return out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -248,6 +249,34 @@ def _check_stream_input(codec: StreamSetCodec, x: Tensor, position: int) -> None
         )
     if position < 0:
         raise ShapeError(f"position is {position}, expected 0 or more")
+
+
+def check_fits(compressor: nn.Module, states: Tensor, name: str) -> None:
+    """Refuse a model's keys or values, [B, H, T, D], that one of our compressors could not take.
+
+    Raises:
+        ShapeError: other KV heads or head_dim than the compressor's.
+        DtypeError: a dtype that it cannot code.
+    """
+    heads, head_dim = states.shape[1], states.shape[3]
+    if isinstance(compressor, QuantizedCalibratedCompressor):
+        expected_heads, expected_dim = heads, compressor.head_dim
+    elif isinstance(compressor, StreamSetCompressor):
+        expected_heads, expected_dim = compressor.native.n_heads, compressor.native.head_dim
+        if states.dtype not in NATIVE_DTYPES:
+            raise DtypeError(
+                f"{name} are {states.dtype}, which cannot be compressed; load the model in float32, bfloat16 or float16"
+            )
+    else:
+        return
+    for what, given, expected in (
+        ("KV heads", heads, expected_heads),
+        ("head_dim", head_dim, expected_dim),
+    ):
+        if given != expected:
+            raise ShapeError(
+                f"{what} of the {name} is {given}, but the compressor was made for {expected}; use this model's preset"
+            )
 
 
 def _last_contiguous(x: Tensor) -> Tensor:

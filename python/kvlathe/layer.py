@@ -80,6 +80,7 @@ class CompressedLayer(DynamicLayer):
                 f"load the preset with device={given.type!r}"
             )
         self.dtype, self.device = key_states.dtype, given
+        self._dims = tuple((states.shape[1], states.shape[3]) for states in (key_states, value_states))
         self._values_per_token = key_states.shape[1] * (key_states.shape[3] + value_states.shape[3])
         self._store = make_store(
             self._k_compressor, self._v_compressor, self.policy, key_states, value_states
@@ -104,11 +105,11 @@ class CompressedLayer(DynamicLayer):
         store = self._store
         assert store is not None
         attends, self.attends_next = self.attends_next, False
-        if attends and store.can_attend and store.n_coded and key_states.shape[2] <= _MOST_FUSED_QUERIES:
-            return self._update_for_attention(store, key_states, value_states)
         if self.record_past:
             # What a rollback could still remove was removed before this call; the rest may be coded now.
             store.compress()
+        if attends and store.can_attend and store.n_coded and key_states.shape[2] <= _MOST_FUSED_QUERIES:
+            return self._update_for_attention(store, key_states, value_states)
         past = store.n_tokens
         try:
             if past:
@@ -168,6 +169,10 @@ class CompressedLayer(DynamicLayer):
             raise DeviceError(f"keys are on {key_states.device}, values on {value_states.device}")
         if key_states.dtype != value_states.dtype:
             raise DtypeError(f"keys are {key_states.dtype}, values {value_states.dtype}")
+        if not key_states.is_floating_point():
+            raise DtypeError(
+                f"keys and values are {key_states.dtype}, expected a floating-point type such as torch.float32"
+            )
         if key_states.shape[:3] != value_states.shape[:3]:
             raise ShapeError(
                 f"keys of shape {list(key_states.shape)} with values of shape {list(value_states.shape)}"
@@ -182,6 +187,14 @@ class CompressedLayer(DynamicLayer):
             raise DtypeError(
                 f"the cache holds {self.dtype}, new keys are {key_states.dtype}; call reset() first"
             )
+        for name, states, held in zip(
+            ("keys", "values"), (key_states, value_states), self._dims, strict=True
+        ):
+            if (states.shape[1], states.shape[3]) != held:
+                raise ShapeError(
+                    f"{name} have {states.shape[1]} heads of {states.shape[3]} components, but this cache holds "
+                    f"{held[0]} of {held[1]}; use one cache for one model"
+                )
         if key_states.shape[0] != self._store.batch:
             raise ShapeError(
                 f"batch size is {key_states.shape[0]}, but this cache holds {self._store.batch}; use one cache for "
@@ -236,12 +249,24 @@ class CompressedLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self._store is not None and self._store.n_tokens:
-            picked = torch.arange(self._store.batch)[indices.cpu()]
-            self._store.select(picked.reshape(-1).tolist())
+            batch = self._store.batch
+            try:
+                picked = torch.arange(batch)[indices.cpu()]
+            except IndexError as error:
+                raise ShapeError(
+                    f"batch index {indices.tolist()} does not exist, the cache holds {batch} rows"
+                ) from error
+            self._select(picked.reshape(-1).tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self._store is not None and self._store.n_tokens:
-            self._store.select([row for row in range(self._store.batch) for _ in range(repeats)])
+            self._select([row for row in range(self._store.batch) for _ in range(repeats)])
+
+    def _select(self, rows: list[int]) -> None:
+        assert self._store is not None
+        if not rows:
+            raise ShapeError("no rows to keep; reset() empties a cache")
+        self._store.select(rows)
 
     def reset(self) -> None:
         self._store = None

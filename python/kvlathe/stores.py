@@ -6,15 +6,18 @@ it in whole blocks, a crop into coded tokens puts the rest of their block back i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ._native import NativeLayer
-from .compressors import NATIVE_DTYPES, granularity, native_codec
+from .compressors import NATIVE_DTYPES, check_fits, granularity, native_codec
+from .errors import NonFiniteError
+from .torch_codec import MAX_MAGNITUDE
 
 # Tokens that a user's compressor gets at once: one call a token would be slow.
 _RUN_LEN = 32
@@ -164,9 +167,12 @@ class TorchStore:
     def __init__(
         self, k_compressor: nn.Module, v_compressor: nn.Module, policy: Policy, keys: Tensor, values: Tensor
     ) -> None:
+        check_fits(k_compressor, keys, "keys")
+        check_fits(v_compressor, values, "values")
         self._policy = policy
         self._sides = [
-            _Side(compressor, policy.n_sinks, tensor[:, :, :0].detach())
+            # New tensors, not views: an empty view would keep the prompt's whole tensor alive.
+            _Side(compressor, policy.n_sinks, torch.empty_like(tensor[:, :, :0]))
             for compressor, tensor in ((k_compressor, keys), (v_compressor, values))
         ]
         self._granularity = max(side.granularity for side in self._sides)
@@ -184,6 +190,9 @@ class TorchStore:
         return self._sides[0].tail.shape[0]
 
     def append(self, keys: Tensor, values: Tensor) -> None:
+        for side, tensor, name in zip(self._sides, (keys, values), ("keys", "values"), strict=True):
+            if side.is_coded and not bool((tensor.abs() <= MAX_MAGNITUDE).all()):
+                raise NonFiniteError(f"{name} hold NaN, infinity or a magnitude above {MAX_MAGNITUDE:g}")
         for side, tensor in zip(self._sides, (keys, values), strict=True):
             side.append(tensor.detach())
 
@@ -331,10 +340,25 @@ class _Side:
     def _select_run(self, run: _Run, index: Tensor, batch: int) -> Any:
         tensors: list[Tensor] = []
         _map_tensors(run.data, tensors.append)
-        if tensors and all(t.dim() and t.shape[0] == batch for t in tensors):
+        leads = bool(tensors) and all(t.dim() and t.shape[0] == batch for t in tensors)
+        if leads and self.token_dim is not None:
             return _map_tensors(run.data, lambda t: t.index_select(0, index))
+        wanted = self._expand(run, 0).index_select(0, index)
+        if leads:
+            # The first dimension is as long as the batch; whether it is the batch, only expanding can tell.
+            selected = _map_tensors(run.data, lambda t: t.index_select(0, index))
+            if self._stands_for(_Run(run.n_tokens, selected), wanted):
+                return selected
         # A stored form without a leading batch dimension can only be selected as what it stands for.
-        return self._compress(self._expand(run, 0).index_select(0, index), 0)
+        return self._compress(wanted, 0)
+
+    def _stands_for(self, run: _Run, wanted: Tensor) -> bool:
+        try:
+            expanded = self._expand(run, 0)
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return False  # a user's expand() that finds its stored form broken
+        # Other batch sizes may sum in another order.
+        return expanded.shape == wanted.shape and torch.allclose(expanded, wanted, rtol=1e-3, atol=1e-4)
 
     def copy(self) -> _Side:
         twin = object.__new__(_Side)
@@ -344,13 +368,20 @@ class _Side:
 
 
 def _map_tensors(data: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Apply a function to every tensor of a nested tuple, list or dict."""
+    """Apply a function to every tensor of a nested tuple, list, dict or dataclass."""
     if isinstance(data, Tensor):
         return function(data)
     if isinstance(data, dict):
         return {key: _map_tensors(value, function) for key, value in data.items()}
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        return type(data)(*(_map_tensors(value, function) for value in data))
     if isinstance(data, (tuple, list)):
         return type(data)(_map_tensors(value, function) for value in data)
+    if is_dataclass(data) and not isinstance(data, type):
+        twin = copy.copy(data)
+        for field in fields(data):
+            object.__setattr__(twin, field.name, _map_tensors(getattr(data, field.name), function))
+        return twin
     return data
 
 

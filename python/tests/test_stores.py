@@ -235,7 +235,7 @@ class ScaledBytes(nn.Module):
         return coded["codes"].float() * coded["scale"]
 
 
-Pair = namedtuple("Pair", ["low", "high"])  # noqa: PYI024
+Pair = namedtuple("Pair", ["low", "high"])
 
 
 class NamedPair(nn.Module):

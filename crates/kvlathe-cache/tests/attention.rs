@@ -201,8 +201,7 @@ fn what_does_not_fit_is_refused() {
     cache.append(view, view).unwrap();
     let three_heads = wave(1, 3 * 8);
     let queries = TensorView::contiguous(&three_heads, [1, 3, 1, 8]).unwrap();
-    let message =
-        cache.attend(queries, AttentionOptions::default(), &mut vec![0.0; 24]).unwrap_err().to_string();
+    let message = cache.attend(queries, AttentionOptions::default(), &mut [0.0; 24]).unwrap_err().to_string();
     assert!(message.contains("query heads"), "{message}");
     let short_mask = AttentionOptions { mask: Some(&[1; 3]), ..AttentionOptions::default() };
     assert!(cache.attend(view, short_mask, &mut out).is_err());

@@ -82,6 +82,7 @@ impl StreamTables {
         check("the sums", sums.sums.len(), sums.n_queries * self.n_coded() * LANES)?;
         check("the packed block", packed.len(), self.block_bytes())?;
         scratch.fit(self);
+        scratch.fit_queries(self, sums.n_queries);
         kernels::accumulate(isa, self, packed, weights, sums, scratch);
         Ok(())
     }

@@ -6,7 +6,7 @@ use crate::attend::CoefficientSums;
 use crate::basis::StreamTables;
 use crate::block::SIDE_BYTES_PER_TOKEN;
 use crate::gain::unpack_side;
-use crate::kernels::body::unpack_levels;
+use crate::kernels::body::{load, unpack_levels};
 use crate::rope::Rotation;
 
 /// As [`StreamTables::score_block`].
@@ -20,7 +20,7 @@ pub(super) fn score<M: Multiply>(
     scratch: &mut Scratch,
 ) {
     let (d, n, n_padded) = (tables.head_dim, tables.block_len, tables.n_padded());
-    let Scratch { z, codes, queries: turned, projected, mean_scores, .. } = scratch;
+    let Scratch { z, queries: turned, projected, mean_scores, .. } = scratch;
     turned.copy_from_slice(queries);
     if let Some(rotation) = turn_back {
         rotation.apply_row_major(turned, d);
@@ -31,14 +31,15 @@ pub(super) fn score<M: Multiply>(
         scores.fill(0.0);
     } else {
         M::multiply(turned, &tables.query_synthesis, projected, (d, n_padded));
-        unpack_levels(tables, rows, z, codes, n_padded);
+        unpack_levels(tables, rows, z, n_padded);
         M::multiply(projected, z, scores, (n_padded, n));
     }
     for t in (0..n).step_by(LANES) {
         let (gains, scales) = side_of(side, t);
-        for (scores, means) in scores.chunks_exact_mut(n).zip(mean_scores.chunks_exact(n)) {
+        for q in 0..scores.len() / n {
+            let (dots, means) = (load(scores, q * n + t), load(mean_scores, q * n + t));
             for l in 0..LANES {
-                scores[t + l] = scores[t + l].mul_add(scales[l], means[t + l]) * gains[l];
+                scores[q * n + t + l] = dots[l].mul_add(scales[l], means[l]) * gains[l];
             }
         }
     }
@@ -54,27 +55,32 @@ pub(super) fn accumulate<M: Multiply>(
     scratch: &mut Scratch,
 ) {
     let (n, n_coded) = (tables.block_len, tables.n_coded());
-    let Scratch { z, codes, x: scaled, .. } = scratch;
+    let Scratch { z, mean_scores: scaled, .. } = scratch;
     let (side, rows) = packed.split_at(n * SIDE_BYTES_PER_TOKEN);
-    unpack_levels(tables, rows, z, codes, n_coded);
-    for (q, weights) in weights.chunks_exact(n).enumerate() {
-        let mean_weights = &mut sums.mean_weights[q * LANES..(q + 1) * LANES];
-        let scaled = &mut scaled[..n];
-        for t in (0..n).step_by(LANES) {
-            let (gains, scales) = side_of(side, t);
+    unpack_levels(tables, rows, z, n_coded);
+    for t in (0..n).step_by(LANES) {
+        let (gains, scales) = side_of(side, t);
+        for q in 0..sums.n_queries {
+            let mean_weights = &mut sums.mean_weights[q * LANES..(q + 1) * LANES];
             for l in 0..LANES {
-                let weight = weights[t + l] * gains[l];
+                let weight = weights[q * n + t + l] * gains[l];
                 mean_weights[l] += weight;
-                scaled[t + l] = weight * scales[l];
+                scaled[q * n + t + l] = weight * scales[l];
             }
         }
-        let sums = &mut sums.sums[q * n_coded * LANES..(q + 1) * n_coded * LANES];
-        for (sums, levels) in sums.chunks_exact_mut(LANES).zip(z.chunks_exact(n)) {
-            for (scaled, levels) in scaled.chunks_exact(LANES).zip(levels.chunks_exact(LANES)) {
+    }
+    // Indices instead of iterators: a chain of adapters is not compiled for the caller's instruction set.
+    for q in 0..sums.n_queries {
+        for i in 0..n_coded {
+            let at = (q * n_coded + i) * LANES;
+            let mut sum = load(&sums.sums, at);
+            for t in (0..n).step_by(LANES) {
+                let (weights, levels) = (load(scaled, q * n + t), load(z, i * n + t));
                 for l in 0..LANES {
-                    sums[l] = scaled[l].mul_add(levels[l], sums[l]);
+                    sum[l] = weights[l].mul_add(levels[l], sum[l]);
                 }
             }
+            sums.sums[at..at + LANES].copy_from_slice(&sum);
         }
     }
 }

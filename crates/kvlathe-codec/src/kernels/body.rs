@@ -4,15 +4,16 @@
 use super::multiply::Multiply;
 use super::{LANES, Scratch};
 use crate::basis::StreamTables;
-use crate::block::{SIDE_BYTES_PER_TOKEN, pack_row, row_bytes, unpack_row};
+use crate::block::{SIDE_BYTES_PER_TOKEN, pack_row, row_bytes};
 use crate::gain::{GUARD_SCALES, gain, gain_code, pack_side, unpack_side};
 use crate::reference::{GUARD_CANDIDATES, smallest_safe_guard};
 use crate::rope::Rotation;
+use crate::width::Width;
 
-type Lanes = [f32; LANES];
+pub(super) type Lanes = [f32; LANES];
 
 #[inline(always)]
-fn load(values: &[f32], at: usize) -> Lanes {
+pub(super) fn load(values: &[f32], at: usize) -> Lanes {
     values[at..at + LANES].try_into().expect("a slice of LANES values")
 }
 
@@ -124,9 +125,9 @@ fn normalise_and_guard(tables: &StreamTables, z: &mut [f32], t: usize, inverse_g
 #[inline(always)]
 pub(super) fn decode<M: Multiply>(tables: &StreamTables, packed: &[u8], scratch: &mut Scratch) {
     let n = tables.block_len;
-    let Scratch { x, z, codes, .. } = scratch;
+    let Scratch { x, z, .. } = scratch;
     let (side, rows) = packed.split_at(n * SIDE_BYTES_PER_TOKEN);
-    unpack_levels(tables, rows, z, codes, tables.n_coded());
+    unpack_levels(tables, rows, z, tables.n_coded());
     M::multiply(&tables.synthesis, z, x, (tables.n_coded(), n));
     for t in (0..n).step_by(LANES) {
         let mut gains = [0.0f32; LANES];
@@ -147,22 +148,38 @@ pub(super) fn decode<M: Multiply>(tables: &StreamTables, packed: &[u8], scratch:
 
 /// Codes of all coefficients to levels `[n_rows, block_len]`; rows beyond the coded ones are zero.
 #[inline(always)]
-pub(super) fn unpack_levels(
-    tables: &StreamTables,
-    mut rows: &[u8],
-    z: &mut [f32],
-    codes: &mut [u8],
-    n_rows: usize,
-) {
+pub(super) fn unpack_levels(tables: &StreamTables, mut rows: &[u8], z: &mut [f32], n_rows: usize) {
     let n = tables.block_len;
     for (i, coded) in tables.coded.iter().enumerate() {
         let (row, rest) = rows.split_at(row_bytes(coded.width, n));
-        unpack_row(coded.width, row, codes);
         rows = rest;
-        let offset = 0.5 - coded.width.half_levels() as f32;
-        for (level, code) in z[i * n..(i + 1) * n].iter_mut().zip(codes.iter()) {
-            *level = f32::from(*code) + offset;
+        let levels = &mut z[i * n..(i + 1) * n];
+        // Rows of known length become straight vector code.
+        match row.len() {
+            8 => unpack_row_levels::<8>(coded.width, row, levels),
+            16 => unpack_row_levels::<16>(coded.width, row, levels),
+            32 => unpack_row_levels::<32>(coded.width, row, levels),
+            64 => unpack_row_levels::<64>(coded.width, row, levels),
+            128 => unpack_row_levels::<128>(coded.width, row, levels),
+            256 => unpack_row_levels::<256>(coded.width, row, levels),
+            4 => unpack_row_levels::<4>(coded.width, row, levels),
+            _ => unpack_row_levels::<2>(coded.width, row, levels),
         }
     }
     z[tables.n_coded() * n..n_rows * n].fill(0.0);
+}
+
+/// One row of `BYTES` bytes to its levels, code + (0.5 − half the number of levels).
+#[inline(always)]
+fn unpack_row_levels<const BYTES: usize>(width: Width, row: &[u8], levels: &mut [f32]) {
+    let row: &[u8; BYTES] = row.try_into().expect("the caller matched the length");
+    let offset = 0.5 - width.half_levels() as f32;
+    let (bits, mask) = (width.bits(), (1u16 << width.bits()).wrapping_sub(1) as u8);
+    for (k, run) in levels.chunks_exact_mut(BYTES).enumerate() {
+        let run: &mut [f32; BYTES] = run.try_into().expect("a chunk");
+        let shift = (k * bits) as u32;
+        for j in 0..BYTES {
+            run[j] = f32::from((row[j] >> shift) & mask) + offset;
+        }
+    }
 }

@@ -1,0 +1,73 @@
+//! Attention's two products with one packed block, by instruction set and number of queries that share a KV head.
+//!
+//! An item is a token: one key scored, or one value added up, for all queries.
+
+use divan::counter::ItemsCount;
+use kvlathe_codec::{
+    Basis, CoefficientSums, Isa, Pairing, Rope, Scratch, StreamTables, Tokens, Width, available_isas,
+};
+
+const HEAD_DIM: usize = 64;
+const BLOCK_LEN: usize = 32;
+
+fn main() {
+    divan::main();
+}
+
+/// About three bits a value, as the allocation gives it.
+fn packed_block() -> (StreamTables, Vec<u8>, Rope) {
+    let mut synthesis = vec![0.0; HEAD_DIM * HEAD_DIM];
+    for i in 0..HEAD_DIM {
+        for j in 0..HEAD_DIM {
+            synthesis[i * HEAD_DIM + j] = ((i * 31 + j * 17) as f32).sin() + if i == j { 8.0 } else { 0.0 };
+        }
+    }
+    let widths = (0..HEAD_DIM)
+        .map(|i| match i {
+            0..4 => Width::W8,
+            4..34 => Width::W4,
+            34..50 => Width::W2,
+            _ => Width::W0,
+        })
+        .collect();
+    let basis = Basis { mean: vec![0.1; HEAD_DIM], synthesis, importance: vec![1.0; HEAD_DIM], widths };
+    let tables = StreamTables::new(&basis, None, BLOCK_LEN).expect("a valid basis");
+    let x: Vec<f32> = (0..BLOCK_LEN * HEAD_DIM).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
+    let mut packed = vec![0; tables.block_bytes()];
+    let tokens = Tokens { data: &x[..], token_stride: HEAD_DIM };
+    tables
+        .encode_block(Isa::Portable, tokens, None, &mut packed, &mut Scratch::default())
+        .expect("finite input");
+    let inv_freq = (0..HEAD_DIM / 2).map(|i| 0.7f64.powi(i as i32)).collect();
+    (tables, packed, Rope::new(Pairing::HalfSplit, HEAD_DIM, inv_freq).expect("a valid rope"))
+}
+
+const CASES: [(&str, usize); 6] =
+    [("avx2", 1), ("avx2", 3), ("avx2", 7), ("avx512", 1), ("avx512", 3), ("avx512", 7)];
+
+fn isa_named(name: &str) -> Option<Isa> {
+    available_isas().into_iter().find(|isa| isa.name() == name)
+}
+
+#[divan::bench(args = CASES)]
+fn score(bencher: divan::Bencher<'_, '_>, (isa, n_queries): (&str, usize)) {
+    let Some(isa) = isa_named(isa) else { return };
+    let (tables, packed, rope) = packed_block();
+    let queries = vec![0.3; n_queries * HEAD_DIM];
+    let mut scores = vec![0.0; n_queries * BLOCK_LEN];
+    let (rotation, mut scratch) = (rope.rotation(-1000), Scratch::default());
+    bencher.counter(ItemsCount::new(BLOCK_LEN)).bench_local(|| {
+        tables.score_block(isa, &packed, Some(&rotation), &queries, &mut scores, &mut scratch)
+    });
+}
+
+#[divan::bench(args = CASES)]
+fn accumulate(bencher: divan::Bencher<'_, '_>, (isa, n_queries): (&str, usize)) {
+    let Some(isa) = isa_named(isa) else { return };
+    let (tables, packed, _) = packed_block();
+    let weights = vec![0.01; n_queries * BLOCK_LEN];
+    let (mut sums, mut scratch) = (CoefficientSums::new(&tables, n_queries), Scratch::default());
+    bencher
+        .counter(ItemsCount::new(BLOCK_LEN))
+        .bench_local(|| tables.accumulate_block(isa, &packed, &weights, &mut sums, &mut scratch));
+}
