@@ -104,10 +104,10 @@ class CompressedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         store = self._store
         assert store is not None
-        attends, self.attends_next = self.attends_next, False
         if self.record_past:
             # What a rollback could still remove was removed before this call; the rest may be coded now.
             store.compress()
+        attends, self.attends_next = self.attends_next, False
         if attends and store.can_attend and store.n_coded and key_states.shape[2] <= _MOST_FUSED_QUERIES:
             return self._update_for_attention(store, key_states, value_states)
         past = store.n_tokens

@@ -121,3 +121,22 @@ def test_nothing_is_expanded_while_decoding(monkeypatch: pytest.MonkeyPatch) -> 
 def test_unknown_architectures_are_refused() -> None:
     with pytest.raises(ModelError, match="gpt2"):
         attach(tiny("gpt2"))
+
+
+def test_assisted_decoding_still_packs_its_tail() -> None:
+    model = tiny("llama")
+    cache = CompressedDynamicCache.from_preset(preset_of("llama", model), uncompressed_tail=8)
+    attach(model)
+    try:
+        model.generate(
+            input_ids=prompt(1, 50),
+            past_key_values=cache,
+            max_new_tokens=40,
+            do_sample=False,
+            pad_token_id=0,
+            prompt_lookup_num_tokens=3,
+        )
+    finally:
+        detach(model)
+    # A tail of 8, a block of 8, and at most one round of candidates that might have been rolled back.
+    assert cache.get_memory_stats()["uncompressed_tokens"] <= 2 + 8 + 8 + 4

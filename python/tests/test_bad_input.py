@@ -1,4 +1,4 @@
-"""Everything a user can get wrong: an error of ours that names what was given and what is expected, and no harm done."""
+"""What a user can get wrong: an error of ours that names what was given and what is expected, and no harm done."""
 
 from __future__ import annotations
 

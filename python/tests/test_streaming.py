@@ -146,7 +146,7 @@ def test_kept_distributions_are_precise_enough() -> None:
 def test_an_exact_cache_costs_nothing(name: str) -> None:
     model = model_of(name)
     quality = Evaluator(model, _windows(1, 60), tail=TAIL, max_kept_bytes=0).run(None, None)
-    assert quality.kld < 1e-8
+    assert quality.kld < 1e-6  # what rounding in float32 leaves
     assert quality.top1 == 1.0
     assert abs(quality.ppl_delta) < 1e-5
 
@@ -189,4 +189,4 @@ def test_a_longer_tail_costs_less() -> None:
 def test_nothing_far_nothing_lost() -> None:
     model, cache = model_of("llama"), compressed_cache("llama", 2.0)
     quality = _evaluate(model, cache, _windows(1, TAIL + N_SINKS), max_kept_bytes=0)
-    assert quality.kld < 1e-8
+    assert quality.kld < 1e-6  # what rounding in float32 leaves
