@@ -71,7 +71,7 @@ lock: $(VENV)/.uv ## newest packages within python/requirements/*.in
 		if [ $$set = model ]; then deps=--no-deps; fi; \
 		echo "lock: $$name"; \
 		$(subst $(BIN),../$(BIN),$(UV)) pip compile requirements/$$set.in --upgrade --quiet $$deps --universal \
-			--python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate \
+			--custom-compile-command "make lock" --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate \
 			--output-file $$name || exit 1; \
 	done
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -190,7 +191,18 @@ class CompressedDynamicCache(DynamicCache):
         )
 
 
+# A preset's compressors are immutable, and their tables large: made once, shared by all of its caches.
+_COMPRESSORS: WeakKeyDictionary[Preset, dict[tuple[int, Side], nn.Module]] = WeakKeyDictionary()
+
+
 def _compressor(preset: Preset, layer: int, side: Side) -> nn.Module:
+    known = _COMPRESSORS.setdefault(preset, {})
+    if (layer, side) not in known:
+        known[layer, side] = _new_compressor(preset, layer, side)
+    return known[layer, side]
+
+
+def _new_compressor(preset: Preset, layer: int, side: Side) -> nn.Module:
     codec = preset.codec(layer, side)
     if codec is None:
         return IdentityCompressor()

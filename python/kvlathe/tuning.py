@@ -100,7 +100,7 @@ def measure(
 def search_bits(
     preset: Preset, try_bits: Callable[[Preset], CurvePoint]
 ) -> tuple[CurvePoint | None, list[CurvePoint]]:
-    """Bisect over the rate for the fewest bits within the budget: at most seven measurements.
+    """Bisect over the rate for the fewest bits within the budget: at most eight measurements.
 
     Returns:
         The best point (None if even 8 bits a coefficient are not within) and all points by rising rate.

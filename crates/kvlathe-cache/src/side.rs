@@ -176,8 +176,12 @@ impl<E: Element> SideRow<E> {
             Some(Coded::LowRank(coder, heads)) => {
                 let (d, bytes) = (coder.head_dim(), coder.vector_bytes());
                 heads.par_iter_mut().enumerate().for_each(|(head, coded)| {
-                    let from = coded.len();
-                    coded.resize(from + n_tokens * bytes, 0);
+                    let (from, more) = (coded.len(), n_tokens * bytes);
+                    if coded.capacity() < from + more {
+                        // An eighth of headroom, as exact tokens have.
+                        coded.reserve_exact(more.max(from / 8));
+                    }
+                    coded.resize(from + more, 0);
                     let vectors = tail.head(head).chunks_exact(d);
                     for (x, out) in vectors.zip(coded[from..].chunks_exact_mut(bytes)) {
                         coder.encode(x, out);
