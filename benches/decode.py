@@ -66,7 +66,9 @@ def main() -> int:
         preset = preset.with_bits(arguments.bits)
     in_float32 = load_model(arguments.model).model
     in_bfloat16 = load_model(arguments.model, dtype=torch.bfloat16).model
-    print(f"{'context':>8} {'float32':>9} {'bfloat16':>9} {'ours':>9}   ms a token; float32/ours, bfloat16/ours; our MB")
+    print(
+        f"{'context':>8} {'float32':>9} {'bfloat16':>9} {'ours':>9}   ms a token; float32/ours, bfloat16/ours; our MB"
+    )
     for context in arguments.contexts:
         stock32, stock16 = DynamicCache(), DynamicCache()
         ours = CompressedDynamicCache.from_preset(preset, uncompressed_tail=128)

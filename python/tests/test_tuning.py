@@ -1,0 +1,269 @@
+"""Auto-tuning: the search on made-up curves, and the whole way on a tiny model."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from cache_helpers import TAIL, model_of, preset_of
+from kvlathe import (
+    BudgetError,
+    CalibrationOptions,
+    CompressedDynamicCache,
+    Corpus,
+    CorpusError,
+    Preset,
+    Quality,
+    TuneOptions,
+    TuneResult,
+    tune,
+)
+from kvlathe.corpus import Document
+from kvlathe.evaluation import upper_bound
+from kvlathe.tuning import CurvePoint, describe_budget, search_bits
+from tiny_models import VOCAB
+
+# The grid of the search: 16 bits a token and head for gain and guard, and from 0.5 to 8 bits a coefficient.
+_GRID = [0.5 + step / 8 for step in range(61)]
+
+
+def _point(bits: float, within: bool) -> CurvePoint:
+    quality = Quality(10.0, 10.0, 0.0, 0.0, 1.0, 1, (0.0,), (0.0,))
+    return CurvePoint(bits, quality, 0.0, 0.0, within)
+
+
+@functools.cache
+def _rates() -> list[float]:
+    """What the preset makes of each grid point: widths are whole, so a little less than asked for."""
+    preset = preset_of("llama")
+    return [preset.with_bits(1.0 + bits).bits_per_value for bits in _GRID]
+
+
+def _search(is_within: Callable[[float], bool]) -> tuple[CurvePoint | None, list[CurvePoint], int]:
+    n_tried = 0
+
+    def try_bits(candidate: Preset) -> CurvePoint:
+        nonlocal n_tried
+        n_tried += 1
+        return _point(candidate.bits_per_value, is_within(candidate.bits_per_value))
+
+    best, curve = search_bits(preset_of("llama"), try_bits)
+    return best, curve, n_tried
+
+
+def test_rates_rise_along_the_grid() -> None:
+    rates = _rates()
+    assert rates == sorted(rates)
+    assert all(rate <= 1.0 + bits + 1e-9 for rate, bits in zip(rates, _GRID, strict=True))
+    assert rates[-1] == pytest.approx(9.0)
+
+
+@pytest.mark.parametrize("step", range(61))
+def test_the_search_finds_the_least_grid_point(step: int) -> None:
+    least = _rates()[step]
+    best, curve, n_tried = _search(lambda bits: bits >= least)
+    assert best is not None
+    assert best.bits_per_value == least
+    assert best in curve
+    assert n_tried == len(curve) <= (8 if step == 60 else 7)  # nothing is measured twice
+    rates = [point.bits_per_value for point in curve]
+    assert rates == sorted(rates)
+
+
+def test_the_search_reports_when_nothing_is_within() -> None:
+    best, curve, n_tried = _search(lambda bits: False)
+    assert best is None
+    assert n_tried == len(curve) <= 8
+    assert curve[-1].bits_per_value == pytest.approx(9.0)  # it did try the highest rate
+    assert not any(point.within for point in curve)
+
+
+def test_the_search_at_the_least_rate() -> None:
+    best, _, _ = _search(lambda bits: True)
+    assert best is not None
+    assert best.bits_per_value == _rates()[0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_ragged_curve_still_gives_a_rate_within(seed: int) -> None:
+    """Measurements are noisy: near the border they may not be monotone. Whatever is returned was within."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = {rate: float(torch.randn(1, generator=generator)) for rate in _rates()}
+    best, curve, _ = _search(lambda bits: bits + noise[bits] >= 4.0)
+    assert best is not None
+    assert best.within
+    assert best.bits_per_value == min(point.bits_per_value for point in curve if point.within)
+
+
+# The whole way.
+
+
+class Bytes:
+    """A tokenizer: one token a character, folded into the tiny vocabulary."""
+
+    bos_token_id = None
+    is_fast = True
+
+    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
+        return {"input_ids": self.encode(text)}
+
+    def encode(self, text: str, **kwargs: Any) -> list[int]:
+        return [3 + byte % (VOCAB - 3) for byte in text.encode()]
+
+    def build_inputs_with_special_tokens(self, ids: list[int]) -> list[int]:
+        return ids
+
+    def num_special_tokens_to_add(self) -> int:
+        return 0
+
+
+def _corpus(n_documents: int = 12) -> Corpus:
+    words = "the cat sat on a mat and then it saw seven small grey mice run away from that old house".split()
+    generator = torch.Generator().manual_seed(0)
+
+    def text() -> str:
+        return " ".join(words[i] for i in torch.randint(0, len(words), (150,), generator=generator).tolist())
+
+    return Corpus.from_documents(
+        "tiny words", [Document(f"document {i}", text()) for i in range(n_documents)]
+    )
+
+
+def _options(**changes: Any) -> TuneOptions:
+    settings: dict[str, Any] = {
+        "target_ppl_delta": 0.05,
+        "window": 96,
+        "calibration_windows": 6,
+        "evaluation_windows": 4,
+        "calibration": CalibrationOptions(tail=TAIL, block_len=8),
+    }
+    return TuneOptions(**{**settings, **changes})
+
+
+@functools.cache
+def _tuned(seed: int = 0, **changes: Any) -> TuneResult:
+    calibration = CalibrationOptions(tail=TAIL, block_len=8, seed=seed)
+    return tune(
+        model_of("llama"), Bytes(), _corpus(), _options(calibration=calibration, **changes), name="tiny"
+    )
+
+
+def _file(result: TuneResult) -> bytes:
+    return bytes(result.preset.native.to_safetensors())
+
+
+def test_tune_end_to_end() -> None:
+    result = _tuned()
+    assert result.best.within
+    assert result.best.ppl_delta_bound <= 0.05
+    assert result.best in result.curve
+    rates = [point.bits_per_value for point in result.curve]
+    assert rates == sorted(rates)
+    # Every cheaper rate that was tried failed.
+    assert not any(p.within for p in result.curve if p.bits_per_value < result.best.bits_per_value)
+    preset = result.preset
+    assert preset.bits_per_value == pytest.approx(result.best.bits_per_value, abs=1e-6)
+    assert preset.meta["model"] == "tiny"
+    measured = preset.meta["kvlathe"]["measured"]
+    assert measured["ppl_delta"] == pytest.approx(result.best.quality.ppl_delta)
+    assert measured["ppl_delta_bound"] <= 0.05
+    assert measured["baseline_perplexity"] == pytest.approx(result.best.quality.exact_perplexity)
+    assert measured["n_positions"] == 4 * 96
+    assert len(measured["curve"]) == len(result.curve)
+    assert preset.meta["kvlathe"]["calibration"]["n_tokens"] == 6 * 96
+    assert "held out" in measured["text"]
+
+
+def test_a_tuned_preset_works() -> None:
+    model = model_of("llama")
+    cache = CompressedDynamicCache.from_preset(_tuned().preset, model=model, uncompressed_tail=TAIL)
+    ids = torch.tensor([Bytes().encode("the cat sat on a mat and then it saw seven small grey mice")])
+    out = model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    assert out.shape[1] <= ids.shape[1] + 5
+    assert cache.get_memory_stats()["compressed_tokens"] > 0
+
+
+def test_a_tuned_preset_survives_its_file(tmp_path: Any) -> None:
+    preset = _tuned().preset
+    for name in ("p.json", "p.safetensors"):
+        preset.save(tmp_path / name)
+        assert Preset.load(tmp_path / name).meta == preset.meta
+
+
+def test_the_same_seed_gives_the_same_bytes() -> None:
+    first = _tuned()
+    second = tune(model_of("llama"), Bytes(), _corpus(), _options(), name="tiny")
+    assert _file(first) == _file(second)
+    assert _file(first) != _file(_tuned(seed=1))
+
+
+def test_a_tighter_budget_costs_more_bits() -> None:
+    loose, tight = _tuned(target_ppl_delta=0.3), _tuned(target_ppl_delta=0.005)
+    assert loose.best.bits_per_value < tight.best.bits_per_value
+
+
+def test_a_kld_budget() -> None:
+    result = _tuned(target_ppl_delta=None, target_kld=0.01)
+    assert result.best.kld_bound <= 0.01
+    assert result.best.quality.kld <= 0.01
+
+
+def test_both_budgets_hold() -> None:
+    both = _tuned(target_ppl_delta=0.3, target_kld=0.01)
+    assert both.best.kld_bound <= 0.01
+    assert both.best.ppl_delta_bound <= 0.3
+    assert both.best.bits_per_value >= _tuned(target_ppl_delta=None, target_kld=0.01).best.bits_per_value
+
+
+def test_an_impossible_budget() -> None:
+    options = _options(target_ppl_delta=None, target_kld=1e-12)
+    with pytest.raises(BudgetError, match=r"KLD at most 1e-12") as caught:
+        tune(model_of("llama"), Bytes(), _corpus(), options)
+    assert "9.00 bits" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_ppl_delta": None},
+        {"target_ppl_delta": 0.0},
+        {"target_ppl_delta": -0.1},
+        {"target_ppl_delta": math.nan},
+        {"target_kld": math.inf},
+        {"target_kld": 0.0},
+    ],
+    ids=str,
+)
+def test_budgets_that_are_none(changes: dict[str, Any]) -> None:
+    with pytest.raises(BudgetError):
+        _options(**changes)
+
+
+def test_too_little_text() -> None:
+    with pytest.raises(CorpusError, match="too little text"):
+        tune(model_of("llama"), Bytes(), _corpus(3), _options(calibration_windows=500))
+
+
+def test_every_rate_is_shown() -> None:
+    seen: list[CurvePoint] = []
+    result = tune(model_of("llama"), Bytes(), _corpus(), _options(), on_point=seen.append)
+    assert sorted(seen, key=lambda point: point.bits_per_value) == list(result.curve)
+
+
+def test_budgets_in_words() -> None:
+    assert describe_budget(_options()) == "perplexity at most +5 %"
+    assert describe_budget(_options(target_kld=0.01)) == "perplexity at most +5 %, KLD at most 0.01"
+
+
+def test_the_bound_lies_above_the_mean() -> None:
+    samples = [0.01, 0.02, 0.015, 0.03, 0.005]
+    bounds = [upper_bound(samples, confidence=c) for c in (0.5, 0.9, 0.99)]
+    assert sum(samples) / 5 == pytest.approx(bounds[0], abs=0.003)
+    assert bounds[0] < bounds[1] < bounds[2] <= max(samples)
+    assert upper_bound([0.25] * 4) == pytest.approx(0.25)
+    assert upper_bound(samples) == upper_bound(samples)
