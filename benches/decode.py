@@ -100,8 +100,8 @@ def main() -> int:
             flush=True,
         )
     print(
-        f"{preset.bits_per_value:.2f} bits a value; torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{platform.machine()}, {torch.get_num_threads()} threads"
+        f"{preset.bits_per_value:.2f} bits a value; torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, {platform.machine()}, {torch.get_num_threads()} threads"
     )
     return 0
 

@@ -98,7 +98,7 @@ class NativeStore:
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         keys, values = (t if t.stride(-1) == 1 else t.contiguous() for t in (keys.detach(), values.detach()))
-        self._layer.append(keys, values, torch.get_num_threads())
+        self._layer.append(keys, values)
 
     def compress(self) -> None:
         self._layer.compress(torch.get_num_threads())

@@ -120,24 +120,25 @@ impl NativeLayer {
     }
 
     /// Appends `[batch, heads, tokens, head_dim]` keys and values.
-    fn append(
-        &mut self,
-        py: Python<'_>,
-        keys: &Bound<'_, PyAny>,
-        values: &Bound<'_, PyAny>,
-        n_threads: usize,
-    ) -> PyResult<()> {
+    fn append(&mut self, py: Python<'_>, keys: &Bound<'_, PyAny>, values: &Bound<'_, PyAny>) -> PyResult<()> {
         let (keys, values) = (self.tensor(keys, "keys")?, self.tensor(values, "values")?);
         with_layer!(&mut self.layer, layer, E => {
             // SAFETY: dtypes were checked; both tensors are arguments of this call and so alive until it returns.
             let (keys, values) = unsafe { (keys.view::<E>()?, values.view::<E>()?) };
-            in_pool(py, n_threads, || layer.append(keys, values)).map_err(to_python)
+            // A copy: waking other threads would take longer.
+            py.detach(|| layer.append(keys, values)).map_err(to_python)
         })
     }
 
     /// Codes the whole blocks that have left the tail.
     fn compress(&mut self, py: Python<'_>, n_threads: usize) -> PyResult<()> {
-        with_layer!(&mut self.layer, layer, E => in_pool(py, n_threads, || layer.compress()).map_err(to_python))
+        with_layer!(&mut self.layer, layer, E => {
+            // Most steps have nothing to code: not worth waking threads.
+            if !layer.is_due() {
+                return Ok(());
+            }
+            in_pool(py, n_threads, || layer.compress()).map_err(to_python)
+        })
     }
 
     /// Writes all tokens to the front of two contiguous tensors `[batch, heads, ≥ n_tokens, head_dim]`.

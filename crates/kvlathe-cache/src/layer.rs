@@ -155,25 +155,33 @@ impl<E: Element> LayerCache<E> {
         Ok(())
     }
 
+    /// Whether [`LayerCache::compress`] would code anything: a look, without work.
+    #[must_use]
+    pub fn is_due(&self) -> bool {
+        let granularity = self.granularity();
+        self.n_tokens > self.policy.compress_start_len
+            && self.rows.first().is_some_and(|row| {
+                [&row.key, &row.value].into_iter().any(|side| due_tokens(side, self.policy, granularity) > 0)
+            })
+    }
+
+    fn granularity(&self) -> usize {
+        self.key.granularity().max(self.value.granularity())
+    }
+
     /// Codes every whole block that has left the tail.
     ///
     /// # Errors
     /// What the codec refuses; tokens that were not coded stay exact.
     pub fn compress(&mut self) -> Result<()> {
-        if self.n_tokens <= self.policy.compress_start_len {
+        if !self.is_due() {
             return Ok(());
         }
-        let granularity = self.key.granularity().max(self.value.granularity());
-        let n_tail = self.policy.n_tail;
-        let code = |side: &mut SideRow<E>| {
-            if !side.is_coded() {
-                return Ok(());
-            }
-            let spare = side.n_tail().saturating_sub(n_tail);
-            match spare / granularity * granularity {
-                0 => Ok(()),
-                n_tokens => side.code(n_tokens),
-            }
+        let policy = self.policy;
+        let granularity = self.granularity();
+        let code = |side: &mut SideRow<E>| match due_tokens(side, policy, granularity) {
+            0 => Ok(()),
+            n_tokens => side.code(n_tokens),
         };
         self.rows.par_iter_mut().try_for_each(|row| {
             let (key, value) = rayon::join(|| code(&mut row.key), || code(&mut row.value));
@@ -261,4 +269,9 @@ impl<E: Element> LayerCache<E> {
         }
         use_
     }
+}
+
+/// How many tokens of a side have left the tail, in whole blocks.
+fn due_tokens<E: Element>(side: &SideRow<E>, policy: Policy, granularity: usize) -> usize {
+    if side.is_coded() { side.n_tail().saturating_sub(policy.n_tail) / granularity * granularity } else { 0 }
 }
