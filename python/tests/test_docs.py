@@ -1,4 +1,4 @@
-"""The Python blocks of the specifications run as they stand."""
+"""The Python blocks of the specifications and of the README run as they stand."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("page", ["block_format.md"])
+@pytest.mark.parametrize("page", ["docs/block_format.md", "README.md"])
 def test_python_blocks_of(page: str) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), re.M | re.S)
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
     assert blocks
     exec(compile("\n".join(blocks), page, "exec"), {"__name__": page})
