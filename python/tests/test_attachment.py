@@ -118,6 +118,20 @@ def test_nothing_is_expanded_while_decoding(monkeypatch: pytest.MonkeyPatch) -> 
     assert cache.get_seq_length() == 70
 
 
+def test_gradients_of_the_newest_tokens_survive() -> None:
+    model = tiny("llama")
+    cache = CompressedDynamicCache.from_preset(preset_of("llama", model), uncompressed_tail=8)
+    attach(model)
+    try:
+        with torch.no_grad():
+            model(input_ids=prompt(1, 50), past_key_values=cache, use_cache=True)
+        model(input_ids=prompt(1, 1), past_key_values=cache, use_cache=True).logits.sum().backward()
+    finally:
+        detach(model)
+    gradient = model.model.layers[0].self_attn.q_proj.weight.grad
+    assert gradient is not None and gradient.abs().max() > 0
+
+
 def test_unknown_architectures_are_refused() -> None:
     with pytest.raises(ModelError, match="gpt2"):
         attach(tiny("gpt2"))
