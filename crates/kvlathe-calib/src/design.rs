@@ -63,13 +63,7 @@ pub fn design_stream(
         return Err(CalibError::TooFewTokens { given: moments.n_tokens, head_dim: d, needed });
     }
     let n = moments.n_tokens as f64;
-    let mean: Vec<f64> = moments.shape_sum.iter().map(|s| s / n).collect();
-    let mut covariance = mirrored(&moments.shape_outer, d, 1.0 / n);
-    for i in 0..d {
-        for j in 0..d {
-            covariance[i * d + j] -= mean[i] * mean[j];
-        }
-    }
+    let (mean, mut covariance) = mean_and_covariance(&moments.shape_sum, &moments.shape_outer, n);
     let mut weight = metric_matrix(moments, rope, metric)?;
     if let Some(rope) = rope {
         let half = (options.block_len / 2) as i64;
@@ -95,6 +89,19 @@ pub fn design_stream(
         importance: values.iter().map(|v| v.max(0.0) as f32).collect(),
         widths: vec![Width::W0; d],
     })
+}
+
+/// Mean and covariance of `n` vectors from their sum and the lower triangle of their summed outer products.
+fn mean_and_covariance(sum: &[f64], outer: &[f64], n: f64) -> (Vec<f64>, Vec<f64>) {
+    let d = sum.len();
+    let mean: Vec<f64> = sum.iter().map(|s| s / n).collect();
+    let mut covariance = mirrored(outer, d, 1.0 / n);
+    for i in 0..d {
+        for j in 0..d {
+            covariance[i * d + j] -= mean[i] * mean[j];
+        }
+    }
+    (mean, covariance)
 }
 
 fn metric_matrix(moments: &StreamMoments, rope: Option<&Rope>, metric: &Metric) -> Result<Vec<f64>> {
@@ -131,13 +138,7 @@ pub fn design_shared(
         return Err(CalibError::TooFewTokens { given: moments.n_vectors, head_dim: d, needed: 2 * d as u64 });
     }
     let n = moments.n_vectors as f64;
-    let mean: Vec<f64> = moments.sum.iter().map(|s| s / n).collect();
-    let mut covariance = mirrored(&moments.outer, d, 1.0 / n);
-    for i in 0..d {
-        for j in 0..d {
-            covariance[i * d + j] -= mean[i] * mean[j];
-        }
-    }
+    let (mean, covariance) = mean_and_covariance(&moments.sum, &moments.outer, n);
     let (_, vectors) = eigen(&covariance, d, "covariance")?;
     let u: Vec<f32> =
         (0..d).flat_map(|i| vectors[i * d..i * d + rank.min(d)].iter().map(|v| *v as f32)).collect();

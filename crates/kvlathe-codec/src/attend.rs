@@ -7,7 +7,7 @@
 //!   blocks; S is applied once at the end. Values are not rotated, so their mean is one vector.
 
 use crate::basis::StreamTables;
-use crate::error::{CodecError, Result};
+use crate::error::{Result, check_len};
 use crate::kernels::{self, Isa, LANES, Scratch};
 use crate::rope::Rotation;
 
@@ -57,9 +57,9 @@ impl StreamTables {
         scratch: &mut Scratch,
     ) -> Result<()> {
         let n = queries.len() / self.head_dim;
-        check("the queries", queries.len(), n * self.head_dim)?;
-        check("the scores", scores.len(), n * self.block_len)?;
-        check("the packed block", packed.len(), self.block_bytes())?;
+        check_len("the queries", queries.len(), n * self.head_dim)?;
+        check_len("the scores", scores.len(), n * self.block_len)?;
+        check_len("the packed block", packed.len(), self.block_bytes())?;
         scratch.fit(self);
         scratch.fit_queries(self, n);
         kernels::score(isa, self, packed, turn_back, queries, scores, scratch);
@@ -78,9 +78,9 @@ impl StreamTables {
         sums: &mut CoefficientSums,
         scratch: &mut Scratch,
     ) -> Result<()> {
-        check("the weights", weights.len(), sums.n_queries * self.block_len)?;
-        check("the sums", sums.sums.len(), sums.n_queries * self.n_coded() * LANES)?;
-        check("the packed block", packed.len(), self.block_bytes())?;
+        check_len("the weights", weights.len(), sums.n_queries * self.block_len)?;
+        check_len("the sums", sums.sums.len(), sums.n_queries * self.n_coded() * LANES)?;
+        check_len("the packed block", packed.len(), self.block_bytes())?;
         scratch.fit(self);
         scratch.fit_queries(self, sums.n_queries);
         kernels::accumulate(isa, self, packed, weights, sums, scratch);
@@ -93,7 +93,7 @@ impl StreamTables {
     /// An output of another length.
     pub fn finish_sums(&self, sums: &CoefficientSums, out: &mut [f32]) -> Result<()> {
         let n_coded = self.n_coded();
-        check("the output", out.len(), sums.n_queries * self.head_dim)?;
+        check_len("the output", out.len(), sums.n_queries * self.head_dim)?;
         for (q, out) in out.chunks_exact_mut(self.head_dim).enumerate() {
             let lanes = &sums.sums[q * n_coded * LANES..(q + 1) * n_coded * LANES];
             let coefficients: Vec<f32> = lanes.chunks_exact(LANES).map(|l| l.iter().sum()).collect();
@@ -106,8 +106,4 @@ impl StreamTables {
         }
         Ok(())
     }
-}
-
-fn check(what: &'static str, given: usize, expected: usize) -> Result<()> {
-    if given == expected { Ok(()) } else { Err(CodecError::Length { what, given, expected }) }
 }

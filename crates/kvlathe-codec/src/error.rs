@@ -61,3 +61,8 @@ pub enum CodecError {
 
 /// The result of a codec operation.
 pub type Result<T> = std::result::Result<T, CodecError>;
+
+/// Refuses a buffer of another length than its shape asks for.
+pub(crate) fn check_len(what: &'static str, given: usize, expected: usize) -> Result<()> {
+    if given == expected { Ok(()) } else { Err(CodecError::Length { what, given, expected }) }
+}

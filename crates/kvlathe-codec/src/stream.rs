@@ -2,7 +2,7 @@
 
 use crate::basis::StreamTables;
 use crate::element::Element;
-use crate::error::{CodecError, Result};
+use crate::error::{CodecError, Result, check_len};
 use crate::kernels::{self, Isa, Scratch};
 use crate::rope::Rotation;
 
@@ -36,7 +36,11 @@ impl StreamTables {
         scratch: &mut Scratch,
     ) -> Result<()> {
         let (d, n) = (self.head_dim, self.block_len);
-        check_len("the tokens of a block", tokens.data.len(), tokens.token_stride.max(d) * (n - 1) + d)?;
+        // Tokens may be a view into a longer tensor: only too few are wrong.
+        let (given, expected) = (tokens.data.len(), tokens.token_stride.max(d) * (n - 1) + d);
+        if given < expected {
+            return Err(CodecError::Length { what: "the tokens of a block", given, expected });
+        }
         check_len("the packed block", packed.len(), self.block_bytes())?;
         scratch.fit(self);
         for t in (0..n).step_by(TRANSPOSE_TOKENS) {
@@ -90,10 +94,4 @@ impl StreamTables {
         }
         Ok(())
     }
-}
-
-fn check_len(what: &'static str, given: usize, expected: usize) -> Result<()> {
-    // Token slices may run on past the block (a view into a longer tensor); buffers that are written may not.
-    let fits = if what == "the tokens of a block" { given >= expected } else { given == expected };
-    if fits { Ok(()) } else { Err(CodecError::Length { what, given, expected }) }
 }
