@@ -197,7 +197,7 @@ impl NativeLayer {
         with_layer!(&self.layer, layer, E => {
             // SAFETY: as in `append` and `read`.
             let (queries, out) = unsafe { (queries.view::<E>()?, out.slice_mut::<E>("the attention output")?) };
-            in_pool(py, n_threads, || layer.attend(queries, options, out)).map_err(to_python)
+            py.detach(|| layer.attend(queries, options, out, n_threads)).map_err(to_python)
         })
     }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use half::bf16;
-use kvlathe_cache::{AttentionOptions, CacheError, Coding, LayerCache, Policy, TensorView, with_threads};
+use kvlathe_cache::{AttentionOptions, CacheError, Coding, LayerCache, Policy, TensorView};
 use kvlathe_codec::{Basis, Element, Pairing, Rope, StreamSet, Width};
 
 fn wave(seed: usize, n: usize) -> Vec<f32> {
@@ -14,12 +14,19 @@ fn stream_set(heads: usize, d: usize, rope: bool) -> Coding {
     let basis = |head: usize| {
         let mut synthesis: Vec<f32> = wave(head, d * d).iter().map(|v| v * 0.1).collect();
         (0..d).for_each(|i| synthesis[i * d + i] += 1.0);
-        let widths = [Width::W8, Width::W4, Width::W4, Width::W2, Width::W0];
+        let widths: Vec<Width> =
+            [Width::W8, Width::W4, Width::W4, Width::W2, Width::W0].into_iter().cycle().take(d).collect();
+        // As calibration gives it: about the same distortion from each coded coefficient.
+        for (i, value) in synthesis.iter_mut().enumerate() {
+            if widths[i % d] != Width::W0 {
+                *value *= 0.2 / widths[i % d].step();
+            }
+        }
         Basis {
             mean: wave(head + 7, d).iter().map(|v| v * 0.2).collect(),
             synthesis,
             importance: vec![1.0; d],
-            widths: (0..d).map(|i| widths[i % 5]).collect(),
+            widths,
         }
     };
     let rope = rope.then(|| {
@@ -84,7 +91,7 @@ fn largest_error<E: Element>(case: &Case) -> f64 {
     };
     let mut out = vec![E::default(); batch * n_queries * query_heads * d];
     let view = TensorView::contiguous(&q, [batch, query_heads, n_queries, d]).unwrap();
-    with_threads(2, || cache.attend(view, options, &mut out)).unwrap();
+    cache.attend(view, options, &mut out, 2).unwrap();
 
     let (mut k, mut v) = (keys.clone(), values.clone());
     cache.read_keys(&mut k, n_tokens).unwrap();
@@ -158,7 +165,9 @@ fn float32_shapes() {
         Case { sinks: true, n_queries: 2, ..case() },
     ] {
         let error = largest_error::<f32>(&case);
-        assert!(error < 2e-5, "{error} for d={} n={} q={}", case.d, case.n_tokens, case.n_queries);
+        // Scores of packed keys are good to 2.5·10⁻⁴ of ‖q‖·‖k‖ at worst; exact tokens know only float32's rounding.
+        let bound = if case.n_tokens < 60 { 2e-5 } else { 1e-3 };
+        assert!(error < bound, "{error} for d={} n={} q={}", case.d, case.n_tokens, case.n_queries);
     }
 }
 
@@ -180,7 +189,7 @@ fn queries_that_see_nothing_give_zeros() {
     cache.compress().unwrap();
     let mut out = vec![7.0; 16];
     let options = AttentionOptions { scaling: 1.0, mask: Some(&[0; 40]), ..AttentionOptions::default() };
-    cache.attend(TensorView::contiguous(&x[..16], [1, 1, 1, 16]).unwrap(), options, &mut out).unwrap();
+    cache.attend(TensorView::contiguous(&x[..16], [1, 1, 1, 16]).unwrap(), options, &mut out, 1).unwrap();
     assert!(out.iter().all(|&v| v == 0.0));
 }
 
@@ -192,7 +201,7 @@ fn what_does_not_fit_is_refused() {
     let view = TensorView::contiguous(&x, [1, 2, 1, 8]).unwrap();
     exact.append(view, view).unwrap();
     let mut out = vec![0.0; 16];
-    assert_eq!(exact.attend(view, AttentionOptions::default(), &mut out), Err(CacheError::NotFused));
+    assert_eq!(exact.attend(view, AttentionOptions::default(), &mut out, 1), Err(CacheError::NotFused));
 
     let policy = Policy::default();
     let mut cache =
@@ -201,8 +210,9 @@ fn what_does_not_fit_is_refused() {
     cache.append(view, view).unwrap();
     let three_heads = wave(1, 3 * 8);
     let queries = TensorView::contiguous(&three_heads, [1, 3, 1, 8]).unwrap();
-    let message = cache.attend(queries, AttentionOptions::default(), &mut [0.0; 24]).unwrap_err().to_string();
+    let message =
+        cache.attend(queries, AttentionOptions::default(), &mut [0.0; 24], 1).unwrap_err().to_string();
     assert!(message.contains("query heads"), "{message}");
     let short_mask = AttentionOptions { mask: Some(&[1; 3]), ..AttentionOptions::default() };
-    assert!(cache.attend(view, short_mask, &mut out).is_err());
+    assert!(cache.attend(view, short_mask, &mut out, 1).is_err());
 }

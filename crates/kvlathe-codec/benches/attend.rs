@@ -1,14 +1,16 @@
-//! Attention's two products with one packed block, by instruction set and number of queries that share a KV head.
+//! Attention's two products with packed blocks, by instruction set and number of queries that share a KV head.
 //!
 //! An item is a token: one key scored, or one value added up, for all queries.
 
 use divan::counter::ItemsCount;
 use kvlathe_codec::{
-    Basis, CoefficientSums, Isa, Pairing, Rope, Scratch, StreamTables, Tokens, Width, available_isas,
+    Basis, CoefficientSums, Isa, Pairing, Queries, Rope, Scratch, StreamTables, Tokens, Width,
+    available_isas, weigh,
 };
 
 const HEAD_DIM: usize = 64;
 const BLOCK_LEN: usize = 32;
+const N_BLOCKS: usize = 32;
 
 fn main() {
     divan::main();
@@ -42,8 +44,17 @@ fn packed_block() -> (StreamTables, Vec<u8>, Rope) {
     (tables, packed, Rope::new(Pairing::HalfSplit, HEAD_DIM, inv_freq).expect("a valid rope"))
 }
 
-const CASES: [(&str, usize); 6] =
-    [("avx2", 1), ("avx2", 3), ("avx2", 7), ("avx512", 1), ("avx512", 3), ("avx512", 7)];
+const CASES: [(&str, usize); 9] = [
+    ("avx2", 1),
+    ("avx2", 3),
+    ("avx2", 7),
+    ("avx512", 1),
+    ("avx512", 3),
+    ("avx512", 7),
+    ("avx512vnni", 1),
+    ("avx512vnni", 3),
+    ("avx512vnni", 7),
+];
 
 fn isa_named(name: &str) -> Option<Isa> {
     available_isas().into_iter().find(|isa| isa.name() == name)
@@ -53,11 +64,24 @@ fn isa_named(name: &str) -> Option<Isa> {
 fn score(bencher: divan::Bencher<'_, '_>, (isa, n_queries): (&str, usize)) {
     let Some(isa) = isa_named(isa) else { return };
     let (tables, packed, rope) = packed_block();
-    let queries = vec![0.3; n_queries * HEAD_DIM];
-    let mut scores = vec![0.0; n_queries * BLOCK_LEN];
-    let (rotation, mut scratch) = (rope.rotation(-1000), Scratch::default());
-    bencher.counter(ItemsCount::new(BLOCK_LEN)).bench_local(|| {
-        tables.score_block(isa, &packed, Some(&rotation), &queries, &mut scores, &mut scratch)
+    let copies = vec![packed; N_BLOCKS];
+    let blocks: Vec<&[u8]> = copies.iter().map(Vec::as_slice).collect();
+    let mut queries = Queries::default();
+    queries.set(&tables, &vec![0.3; n_queries * HEAD_DIM]);
+    let mut scores = vec![0.0; n_queries * N_BLOCKS * BLOCK_LEN];
+    let (walk, mut scratch) = (rope.walk_back(1000, BLOCK_LEN as i64), Scratch::default());
+    bencher.counter(ItemsCount::new(N_BLOCKS * BLOCK_LEN)).bench_local(|| {
+        tables.score_blocks(isa, &blocks, Some(walk.clone()), &queries, &mut scores, &mut scratch)
+    });
+}
+
+#[divan::bench(args = CASES)]
+fn softmax(bencher: divan::Bencher<'_, '_>, (isa, n_queries): (&str, usize)) {
+    let Some(isa) = isa_named(isa) else { return };
+    let mut scores = vec![-0.1; n_queries * N_BLOCKS * BLOCK_LEN];
+    let (mut max, mut sum, mut rescale) = (vec![0.0; n_queries], vec![0.0; n_queries], vec![0.0; n_queries]);
+    bencher.counter(ItemsCount::new(N_BLOCKS * BLOCK_LEN)).bench_local(|| {
+        weigh(isa, &mut scores, N_BLOCKS * BLOCK_LEN, &mut max, &mut sum, &mut rescale);
     });
 }
 
@@ -65,9 +89,11 @@ fn score(bencher: divan::Bencher<'_, '_>, (isa, n_queries): (&str, usize)) {
 fn accumulate(bencher: divan::Bencher<'_, '_>, (isa, n_queries): (&str, usize)) {
     let Some(isa) = isa_named(isa) else { return };
     let (tables, packed, _) = packed_block();
-    let weights = vec![0.01; n_queries * BLOCK_LEN];
+    let copies = vec![packed; N_BLOCKS];
+    let blocks: Vec<&[u8]> = copies.iter().map(Vec::as_slice).collect();
+    let weights = vec![0.01; n_queries * N_BLOCKS * BLOCK_LEN];
     let (mut sums, mut scratch) = (CoefficientSums::new(&tables, n_queries), Scratch::default());
     bencher
-        .counter(ItemsCount::new(BLOCK_LEN))
-        .bench_local(|| tables.accumulate_block(isa, &packed, &weights, &mut sums, &mut scratch));
+        .counter(ItemsCount::new(N_BLOCKS * BLOCK_LEN))
+        .bench_local(|| tables.accumulate_blocks(isa, &blocks, &weights, &mut sums, &mut scratch));
 }

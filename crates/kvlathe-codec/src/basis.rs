@@ -1,8 +1,11 @@
 //! A stream's calibrated parameters, and the tables that coding with them needs.
 
+use std::sync::OnceLock;
+
 use crate::error::{CodecError, Result};
 use crate::linalg;
-use crate::rope::Rope;
+use crate::query::QueryTables;
+use crate::rope::{Pairing, Rope};
 use crate::width::Width;
 
 /// Block lengths the packed format allows.
@@ -52,14 +55,15 @@ pub struct StreamTables {
     pub(crate) analysis: Vec<f32>,
     /// `[head_dim, n_coded]`: columns of V, times the step.
     pub(crate) synthesis: Vec<f32>,
-    /// `[head_dim, n_padded]`: `synthesis` with zero columns added, for products with queries.
-    pub(crate) query_synthesis: Vec<f32>,
     /// `[n_coded, block_len]`: V⁻¹·R(δ)·μ in steps.
     pub(crate) coded_mean: Vec<f32>,
     /// `[head_dim, block_len]`: R(δ)·μ.
     pub(crate) shape_mean: Vec<f32>,
     /// `[n_coded]`: cost of a squared error of one step, λᵢ·Δᵢ².
     pub(crate) step_cost: Vec<f32>,
+    /// Pairing and number of rotated components.
+    pub(crate) pairing: Option<(Pairing, usize)>,
+    query_tables: OnceLock<QueryTables>,
 }
 
 impl StreamTables {
@@ -86,11 +90,12 @@ impl StreamTables {
             block_len,
             analysis: vec![0.0; n_coded * d],
             synthesis: vec![0.0; n_coded * d],
-            query_synthesis: vec![0.0; n_coded.next_multiple_of(PADDING) * d],
             coded_mean: vec![0.0; n_coded * block_len],
             shape_mean,
             step_cost: coded.iter().map(|c| basis.importance[c.column] * c.width.step().powi(2)).collect(),
             coded,
+            pairing: rope.map(|rope| (rope.pairing(), rope.rotary_dim())),
+            query_tables: OnceLock::new(),
         };
         for (row, c) in tables.coded.iter().enumerate() {
             let step = f64::from(c.width.step());
@@ -106,17 +111,17 @@ impl StreamTables {
                 tables.coded_mean[row * block_len + t] = (dot / step) as f32;
             }
         }
-        let n_padded = tables.n_padded();
-        for j in 0..d {
-            let row = &tables.synthesis[j * n_coded..(j + 1) * n_coded];
-            tables.query_synthesis[j * n_padded..j * n_padded + n_coded].copy_from_slice(row);
-        }
         Ok(tables)
     }
 
-    /// Columns of `query_synthesis`: coefficients rounded up to whole vectors.
+    /// Coefficients rounded up to whole vectors.
     pub(crate) fn n_padded(&self) -> usize {
         self.coded.len().next_multiple_of(PADDING)
+    }
+
+    /// What scoring needs; made on first use, because values never do.
+    pub(crate) fn query_tables(&self) -> &QueryTables {
+        self.query_tables.get_or_init(|| QueryTables::new(self))
     }
 
     /// Components of a key or value.

@@ -6,8 +6,6 @@
 //! * **Guard.** A factor on the token's quantiser steps, one of [`GUARD_SCALES`]. A token with an outlying coefficient
 //!   takes larger steps instead of clipping.
 
-use std::sync::LazyLock;
-
 /// Activations above this magnitude are refused; real ones stay many orders below.
 pub const MAX_MAGNITUDE: f32 = 1e18;
 
@@ -25,18 +23,42 @@ const MAX_GAIN_CODE: i32 = 4095;
 pub const GUARD_SCALES: [f32; 16] =
     [0.75, 0.84, 0.92, 1.0, 1.09, 1.19, 1.3, 1.42, 1.6, 1.85, 2.3, 3.2, 6.0, 24.0, 256.0, 16384.0];
 
-/// Gain by code; 16 KiB, shared by all streams.
-static GAINS: LazyLock<Vec<f32>> = LazyLock::new(|| {
-    (0..=MAX_GAIN_CODE)
-        .map(|code| {
-            if code == 0 {
-                0.0
-            } else {
-                (f64::from(code - GAIN_CODE_OF_ONE) / GAIN_CODES_PER_OCTAVE).exp2() as f32
+/// 2^(i/32) for a fraction of an octave; the rest of a gain code is an exponent.
+static GAINS_OF_AN_OCTAVE: [f32; 32] = octave();
+
+/// 2^(i/32) as the products of 2^(1/2), 2^(1/4) … in f64.
+const fn octave() -> [f32; 32] {
+    // Square roots by Newton's iteration: powers are not const.
+    let mut roots = [0.0f64; 5];
+    let mut square = 2.0f64;
+    let mut bit = 0;
+    while bit < 5 {
+        let mut root = square;
+        let mut step = 0;
+        while step < 12 {
+            root = 0.5 * (root + square / root);
+            step += 1;
+        }
+        roots[bit] = root;
+        square = root;
+        bit += 1;
+    }
+    let mut gains = [0.0f32; 32];
+    let mut i = 0;
+    while i < 32 {
+        let mut product = 1.0f64;
+        let mut bit = 0;
+        while bit < 5 {
+            if i >> (4 - bit) & 1 == 1 {
+                product *= roots[bit];
             }
-        })
-        .collect()
-});
+            bit += 1;
+        }
+        gains[i] = product as f32;
+        i += 1;
+    }
+    gains
+}
 
 /// The gain code of a token whose components have the mean square `mean_square` = ‖x‖²/d.
 ///
@@ -52,10 +74,15 @@ pub fn gain_code(mean_square: f32) -> u16 {
     if code < 1 { 0 } else { code.min(MAX_GAIN_CODE) as u16 }
 }
 
-/// The gain that a code stands for, γ̂.
+/// The gain that a code stands for, γ̂ = 2^((code − 2048)/32); code 0 is 0.
 #[must_use]
+#[inline(always)]
 pub fn gain(code: u16) -> f32 {
-    GAINS[usize::from(code & 0xfff)]
+    let code = u32::from(code & 0xfff);
+    // The octave goes straight into the exponent: 2048 stands for 2⁰, and codes reach from 2⁻⁶⁴ to 2⁶⁴.
+    let octave = (code >> 5).wrapping_sub(64) << 23;
+    let gain = f32::from_bits(GAINS_OF_AN_OCTAVE[(code & 31) as usize].to_bits().wrapping_add(octave));
+    if code == 0 { 0.0 } else { gain }
 }
 
 /// Side information as stored: gain code in the low twelve bits, guard code in the high four.
@@ -66,6 +93,7 @@ pub const fn pack_side(gain_code: u16, guard_code: u8) -> u16 {
 
 /// Gain γ̂ and step factor of a stored side word.
 #[must_use]
+#[inline(always)]
 pub fn unpack_side(side: u16) -> (f32, f32) {
     (gain(side), GUARD_SCALES[usize::from(side >> 12)])
 }
@@ -84,6 +112,14 @@ mod tests {
                 let ratio = f64::from(gain(gain_code(mean_square))) / f64::from(mean_square).sqrt();
                 assert!(ratio < bound && ratio > 1.0 / bound, "gain {true_gain}: ratio {ratio}");
             }
+        }
+    }
+
+    #[test]
+    fn gains_are_powers_of_two_to_the_last_bit() {
+        for code in 1..=MAX_GAIN_CODE {
+            let exact = (f64::from(code - GAIN_CODE_OF_ONE) / GAIN_CODES_PER_OCTAVE).exp2() as f32;
+            assert_eq!(gain(code as u16), exact, "code {code}");
         }
     }
 

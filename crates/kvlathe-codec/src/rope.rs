@@ -123,8 +123,10 @@ impl Rotation {
 /// and a cosine. In f64 the error grows by about 10⁻¹⁶ a step.
 #[derive(Debug, Clone)]
 pub struct RotationWalk {
-    at: Vec<(f64, f64)>,
-    step: Vec<(f64, f64)>,
+    cos: Vec<f64>,
+    sin: Vec<f64>,
+    step_cos: Vec<f64>,
+    step_sin: Vec<f64>,
     current: Rotation,
 }
 
@@ -132,11 +134,12 @@ impl Rope {
     /// Begins at R(−`position`); each [`RotationWalk::advance`] adds `step` to the position.
     #[must_use]
     pub fn walk_back(&self, position: i64, step: i64) -> RotationWalk {
-        let angles =
-            |by: i64| self.inv_freq.iter().map(move |f| (f * -by as f64).sin_cos()).map(|(s, c)| (c, s));
+        let angles = |by: i64| self.inv_freq.iter().map(move |f| f * -by as f64);
         RotationWalk {
-            at: angles(position).collect(),
-            step: angles(step).collect(),
+            cos: angles(position).map(f64::cos).collect(),
+            sin: angles(position).map(f64::sin).collect(),
+            step_cos: angles(step).map(f64::cos).collect(),
+            step_sin: angles(step).map(f64::sin).collect(),
             current: self.rotation(-position),
         }
     }
@@ -150,39 +153,32 @@ impl RotationWalk {
     }
 
     /// Goes on to the next position.
+    #[inline(always)]
     pub fn advance(&mut self) {
-        for (i, ((cos, sin), (step_cos, step_sin))) in self.at.iter_mut().zip(&self.step).enumerate() {
-            (*cos, *sin) = (*cos * step_cos - *sin * step_sin, *sin * step_cos + *cos * step_sin);
-            self.current.cos[i] = *cos as f32;
-            self.current.sin[i] = *sin as f32;
+        let n = self.cos.len();
+        let (cos, sin) = (&mut self.cos[..n], &mut self.sin[..n]);
+        let (step_cos, step_sin) = (&self.step_cos[..n], &self.step_sin[..n]);
+        let Rotation { cos: cos_f32, sin: sin_f32, .. } = &mut self.current;
+        let (cos_f32, sin_f32) = (&mut cos_f32[..n], &mut sin_f32[..n]);
+        for i in 0..n {
+            let (c, s) =
+                (cos[i] * step_cos[i] - sin[i] * step_sin[i], sin[i] * step_cos[i] + cos[i] * step_sin[i]);
+            (cos[i], sin[i]) = (c, s);
+            cos_f32[i] = c as f32;
+            sin_f32[i] = s as f32;
         }
     }
 }
 
 impl Rotation {
-    /// Rotates row-major vectors `[n, head_dim]`, all by the same angles.
-    #[inline(always)]
-    pub(crate) fn apply_row_major(&self, x: &mut [f32], head_dim: usize) {
-        let n_pairs = self.cos.len();
-        for vector in x.chunks_exact_mut(head_dim) {
-            match self.pairing {
-                Pairing::HalfSplit => {
-                    let (a, b) = vector[..2 * n_pairs].split_at_mut(n_pairs);
-                    for i in 0..n_pairs {
-                        let (a0, b0) = (a[i], b[i]);
-                        a[i] = a0.mul_add(self.cos[i], -(b0 * self.sin[i]));
-                        b[i] = b0.mul_add(self.cos[i], a0 * self.sin[i]);
-                    }
-                }
-                Pairing::Interleaved => {
-                    for i in 0..n_pairs {
-                        let (a0, b0) = (vector[2 * i], vector[2 * i + 1]);
-                        vector[2 * i] = a0.mul_add(self.cos[i], -(b0 * self.sin[i]));
-                        vector[2 * i + 1] = b0.mul_add(self.cos[i], a0 * self.sin[i]);
-                    }
-                }
-            }
-        }
+    /// Cosines, one a pair.
+    pub(crate) fn cos(&self) -> &[f32] {
+        &self.cos
+    }
+
+    /// Sines, one a pair.
+    pub(crate) fn sin(&self) -> &[f32] {
+        &self.sin
     }
 }
 
@@ -231,7 +227,7 @@ mod tests {
         for step in 0..2000 {
             let expected = rope.rotation(-(100_020 + 32 * step));
             let (mut a, mut b) = ([1.0, -2.0, 0.5, 3.0, 0.1, 1.0f32], [1.0, -2.0, 0.5, 3.0, 0.1, 1.0f32]);
-            walk.rotation().apply_row_major(&mut a, 6);
+            walk.rotation().apply(&mut a);
             expected.apply(&mut b);
             assert!(a.iter().zip(&b).all(|(x, y)| (x - y).abs() < 1e-6), "step {step}: {a:?} {b:?}");
             walk.advance();

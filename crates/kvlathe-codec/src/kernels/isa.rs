@@ -17,6 +17,9 @@ pub enum Isa {
     /// AVX-512 F, BW, VL, DQ.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// AVX-512 with VNNI.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
 }
 
 impl Isa {
@@ -29,6 +32,8 @@ impl Isa {
             Self::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => "avx512vnni",
         }
     }
 }
@@ -50,13 +55,16 @@ pub fn available_isas() -> Vec<Isa> {
             && is_x86_feature_detected!("avx512dq");
         if avx2 && avx512 {
             isas.push(Isa::Avx512);
+            if is_x86_feature_detected!("avx512vnni") {
+                isas.push(Isa::Avx512Vnni);
+            }
         }
     }
     isas
 }
 
 /// The instruction set in use: the fastest one, or the one that the environment variable `KVLATHE_ISA` names
-/// (`portable`, `avx2`, `avx512`) if the machine has it. Read once.
+/// (`portable`, `avx2`, `avx512`, `avx512vnni`) if the machine has it. Read once.
 #[must_use]
 pub fn best_isa() -> Isa {
     static BEST: LazyLock<Isa> = LazyLock::new(|| {

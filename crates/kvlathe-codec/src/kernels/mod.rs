@@ -3,22 +3,25 @@
 //! The bodies put the tokens of a block side by side in vectors and keep the reference's order of operations for each
 //! token, so every instruction set gives the reference's bytes.
 
-mod attend;
+mod accumulate;
 mod body;
 mod isa;
+mod levels;
 mod multiply;
 #[cfg(target_arch = "x86_64")]
 mod multiply_x86;
 mod product;
+mod score;
 mod softmax;
 
 pub use isa::{Isa, available_isas, best_isa};
 
 use crate::attend::CoefficientSums;
 use crate::basis::StreamTables;
-use crate::rope::Rotation;
+use crate::query::Queries;
+use crate::rope::{Rotation, RotationWalk};
 
-/// Buffers that encoding and decoding reuse from block to block.
+/// Buffers that coding and attention reuse from block to block.
 #[derive(Debug, Default, Clone)]
 pub struct Scratch {
     /// `[head_dim, block_len]` vectors, component-major.
@@ -27,30 +30,73 @@ pub struct Scratch {
     pub(crate) z: Vec<f32>,
     /// One row of codes.
     pub(crate) codes: Vec<u8>,
-    /// `[n_queries, head_dim]` queries in the block's frame.
-    pub(crate) queries: Vec<f32>,
-    /// `[n_queries, n_padded]` queries times the synthesis.
-    pub(crate) projected: Vec<f32>,
+    /// `[n_queries, head_dim]` queries in the block's frame, as numbers and rounded.
+    pub(crate) turned: Vec<f32>,
+    pub(crate) turned_i16: Vec<i16>,
+    /// Integer products, before they become something else.
+    pub(crate) products: Vec<i32>,
+    /// `[n_padded]`: one query times the synthesis.
+    pub(crate) coefficients: Vec<f32>,
+    /// `[n_queries, n_padded]`: the same of all queries, rounded.
+    pub(crate) projected: Vec<i16>,
+    /// `[n_padded/2, block_len, 2]` doubled levels of a block.
+    pub(crate) levels: Vec<i16>,
     /// `[n_queries, block_len]` queries times the mean table.
     pub(crate) mean_scores: Vec<f32>,
+    /// Gains and step factors of tokens.
+    pub(crate) gains: Vec<f32>,
+    pub(crate) scales: Vec<f32>,
+    /// `[n_queries, tokens]` attention weights times gains and step factors, rounded.
+    pub(crate) weights_i16: Vec<i16>,
+    /// `[n_queries]`: what the unit of rounded numbers is worth.
+    pub(crate) units: Vec<f32>,
+    /// Doubled levels of a few coefficients over many tokens.
+    pub(crate) row_levels: Vec<i16>,
 }
 
 /// Tokens that kernels work on together: every block length is a multiple, and eight f32 fill an AVX2 register.
 pub(crate) const LANES: usize = 8;
 
+/// Adding 1.5·2²³ rounds a value below 2²² to an integer and leaves it in the low bits of the mantissa.
+const ROUND: f32 = 12_582_912.0;
+
+/// Sets a buffer's length; what it held before may stay.
+fn fit<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {
+    buffer.resize(len, T::default());
+}
+
 impl Scratch {
-    /// Sizes the buffers for a stream.
+    /// Sizes the buffers for coding a stream.
     pub(crate) fn fit(&mut self, tables: &StreamTables) {
-        self.x.resize(tables.head_dim * tables.block_len, 0.0);
-        self.z.resize(tables.n_padded() * tables.block_len, 0.0);
-        self.codes.resize(tables.block_len, 0);
+        fit(&mut self.x, tables.head_dim * tables.block_len);
+        fit(&mut self.z, tables.n_padded() * tables.block_len);
+        fit(&mut self.codes, tables.block_len);
     }
 
-    /// Sizes the buffers for queries of a stream.
-    pub(crate) fn fit_queries(&mut self, tables: &StreamTables, n_queries: usize) {
-        self.queries.resize(n_queries * tables.head_dim, 0.0);
-        self.projected.resize(n_queries * tables.n_padded(), 0.0);
-        self.mean_scores.resize(n_queries * tables.block_len, 0.0);
+    /// Sizes the buffers for scoring.
+    pub(crate) fn fit_scores(&mut self, tables: &StreamTables, n_queries: usize) {
+        let (d, n, n_padded) = (tables.head_dim, tables.block_len, tables.n_padded());
+        fit(&mut self.turned, n_queries * d);
+        fit(&mut self.turned_i16, n_queries * d);
+        fit(&mut self.products, n_queries * n.max(n_padded));
+        fit(&mut self.coefficients, n_padded);
+        fit(&mut self.projected, n_queries * n_padded);
+        fit(&mut self.units, n_queries);
+        fit(&mut self.levels, n_padded * n);
+        fit(&mut self.mean_scores, n_queries * n);
+        fit(&mut self.gains, n);
+        fit(&mut self.scales, n);
+    }
+
+    /// Sizes the buffers for accumulating.
+    pub(crate) fn fit_sums(&mut self, n_queries: usize, n_tokens: usize) {
+        let stride = n_tokens.next_multiple_of(multiply::DOT_STEP);
+        fit(&mut self.products, n_queries * accumulate::TOGETHER);
+        fit(&mut self.weights_i16, n_queries * stride);
+        fit(&mut self.units, n_queries);
+        fit(&mut self.row_levels, accumulate::TOGETHER * stride);
+        fit(&mut self.gains, n_tokens);
+        fit(&mut self.scales, n_tokens);
     }
 }
 
@@ -69,11 +115,17 @@ macro_rules! for_each_isa {
                 fn avx512($($arg: $ty),*) {
                     $module::$body::<multiply_x86::Avx512>($($arg),*);
                 }
+                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")]
+                fn avx512_vnni($($arg: $ty),*) {
+                    $module::$body::<multiply_x86::Avx512Vnni>($($arg),*);
+                }
                 match isa {
                     // SAFETY: an `Isa` other than `Portable` is only made after the CPU reported its features.
                     Isa::Avx2 => return unsafe { avx2($($arg),*) },
                     // SAFETY: as above.
                     Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: as above.
+                    Isa::Avx512Vnni => return unsafe { avx512_vnni($($arg),*) },
                     Isa::Portable => {}
                 }
             }
@@ -96,25 +148,29 @@ for_each_isa!(
     decode, body::decode, (tables: &StreamTables, packed: &[u8], scratch: &mut Scratch)
 );
 for_each_isa!(
-    /// Scores queries against a packed block.
-    score, attend::score, (
+    /// Scores queries against packed blocks.
+    score, score::score, (
         tables: &StreamTables,
-        packed: &[u8],
-        turn_back: Option<&Rotation>,
-        queries: &[f32],
+        blocks: &[&[u8]],
+        walk: Option<RotationWalk>,
+        queries: &Queries,
         scores: &mut [f32],
         scratch: &mut Scratch
     )
 );
 for_each_isa!(
-    /// Adds a packed block's weighted levels to sums.
-    accumulate, attend::accumulate, (
+    /// Adds packed blocks' weighted levels to sums.
+    accumulate, accumulate::accumulate, (
         tables: &StreamTables,
-        packed: &[u8],
+        blocks: &[&[u8]],
         weights: &[f32],
         sums: &mut CoefficientSums,
         scratch: &mut Scratch
     )
+);
+for_each_isa!(
+    /// Turns sums of coefficients into vectors.
+    finish, accumulate::finish, (tables: &StreamTables, sums: &CoefficientSums, out: &mut [f32])
 );
 for_each_isa!(
     /// out[m, n] = a[m, k] · x[k, n], all row-major f32; `shape` is (k, n), n a multiple of eight.

@@ -1,18 +1,39 @@
-//! [`Multiply`] for AVX2 and AVX-512: tiles of rows × tokens whose sums stay in registers.
+//! [`Multiply`] for AVX2, AVX-512 and AVX-512 with VNNI: tiles of rows × columns whose sums stay in registers.
 
 use std::arch::x86_64::*;
 
-use super::multiply::{Multiply, check_shape};
+use super::multiply::{DOT_STEP, Multiply, check_pairs, check_rows, check_shape};
 
-/// Defines the tile and the loop over tiles for one vector type.
+/// Calls `$tile::<ROWS, VECTORS>` for all rows: the tallest tile as often as it fits, then one for the rest, so that
+/// seven queries are one tile and not three.
+macro_rules! for_row_tiles {
+    ($m:expr, $tallest:literal, [$($rows:literal),*], $row:ident, $tile:ident, $second:literal, $args:tt) => {{
+        let mut $row = 0;
+        while $row + $tallest <= $m {
+            for_row_tiles!(@call $tile, $tallest, $second, $args);
+            $row += $tallest;
+        }
+        match $m - $row {
+            $($rows => for_row_tiles!(@call $tile, $rows, $second, $args),)*
+            _ => {}
+        }
+    }};
+    (@call $tile:ident, $rows:literal, $second:literal, ($($arg:expr),*)) => {
+        Self::$tile::<$rows, $second>($($arg),*)
+    };
+}
+
+/// Defines the tiles and the loops over them for one vector type.
 macro_rules! tiled_multiply {
-    ($marker:ident, $doc:literal, $features:literal, $lanes:literal, $vector:ty,
-     $zero:ident, $load:ident, $store:ident, $splat:ident, $fma:ident, $tall:literal) => {
+    ($marker:ident, $doc:literal, $features:literal, $lanes:literal, $float:ty, $int:ty,
+     $zero:ident, $load:ident, $store:ident, $splat:ident, $fma:ident,
+     $int_zero:ident, $int_load:ident, $int_store:ident, $int_splat:ident, $pair_sum:ident,
+     $tallest:literal, $rows:tt, $dot_tallest:literal, $dot_rows:tt) => {
         #[doc = $doc]
         pub(super) struct $marker;
 
         impl $marker {
-            /// `ROWS` rows × `VECTORS` vectors of tokens from (row, column) on.
+            /// `ROWS` rows × `VECTORS` vectors of columns from (row, column) on.
             #[target_feature(enable = $features)]
             #[inline]
             fn tile<const ROWS: usize, const VECTORS: usize>(
@@ -24,9 +45,9 @@ macro_rules! tiled_multiply {
             ) {
                 assert!(column + VECTORS * $lanes <= n);
                 assert!(x.len() >= k * n && a.len() >= (row + ROWS) * k && out.len() >= (row + ROWS) * n);
-                let mut sums: [[$vector; VECTORS]; ROWS] = [[$zero(); VECTORS]; ROWS];
+                let mut sums: [[$float; VECTORS]; ROWS] = [[$zero(); VECTORS]; ROWS];
                 for j in 0..k {
-                    let mut values: [$vector; VECTORS] = [$zero(); VECTORS];
+                    let mut values: [$float; VECTORS] = [$zero(); VECTORS];
                     for v in 0..VECTORS {
                         // SAFETY: j·n + column + VECTORS·lanes ≤ k·n ≤ x.len(), asserted above.
                         values[v] = unsafe { $load(x.as_ptr().add(j * n + column + v * $lanes)) };
@@ -49,28 +70,89 @@ macro_rules! tiled_multiply {
                 }
             }
 
-            /// All rows of the columns from `column` on, as many as `VECTORS` vectors hold.
+            /// As `tile`, for 16-bit integers whose rows of `x` lie interleaved in pairs.
             #[target_feature(enable = $features)]
             #[inline]
-            fn strip<const VECTORS: usize>(
-                a: &[f32],
-                x: &[f32],
-                out: &mut [f32],
-                column: usize,
-                m: usize,
-                shape: (usize, usize),
+            fn pair_tile<const ROWS: usize, const VECTORS: usize>(
+                a: &[i16],
+                a_stride: usize,
+                x: &[i16],
+                out: &mut [i32],
+                (row, column): (usize, usize),
+                (k, n): (usize, usize),
             ) {
-                let mut row = 0;
-                while row + $tall <= m {
-                    Self::tile::<$tall, VECTORS>(a, x, out, (row, column), shape);
-                    row += $tall;
+                assert!(column + VECTORS * $lanes <= n && k <= a_stride && k % 2 == 0);
+                assert!(x.len() >= k * n && a.len() >= (row + ROWS - 1) * a_stride + k);
+                assert!(out.len() >= (row + ROWS) * n);
+                let mut sums: [[$int; VECTORS]; ROWS] = [[$int_zero(); VECTORS]; ROWS];
+                for j in 0..k / 2 {
+                    let mut values: [$int; VECTORS] = [$int_zero(); VECTORS];
+                    for v in 0..VECTORS {
+                        // SAFETY: 2·(j·n + column + VECTORS·lanes) ≤ k·n ≤ x.len(), asserted above.
+                        values[v] =
+                            unsafe { $int_load(x.as_ptr().add(2 * (j * n + column + v * $lanes)).cast()) };
+                    }
+                    for r in 0..ROWS {
+                        // SAFETY: (row + r)·a_stride + 2j + 1 < (row + ROWS − 1)·a_stride + k ≤ a.len().
+                        let pair = $int_splat(unsafe {
+                            a.as_ptr().add((row + r) * a_stride + 2 * j).cast::<i32>().read_unaligned()
+                        });
+                        for v in 0..VECTORS {
+                            sums[r][v] = $pair_sum(sums[r][v], values[v], pair);
+                        }
+                    }
                 }
-                while row + 2 <= m {
-                    Self::tile::<2, VECTORS>(a, x, out, (row, column), shape);
-                    row += 2;
+                for r in 0..ROWS {
+                    for v in 0..VECTORS {
+                        // SAFETY: (row + r)·n + column + VECTORS·lanes ≤ (row + ROWS)·n ≤ out.len(), asserted above.
+                        unsafe {
+                            $int_store(
+                                out.as_mut_ptr().add((row + r) * n + column + v * $lanes).cast(),
+                                sums[r][v],
+                            )
+                        };
+                    }
                 }
-                if row < m {
-                    Self::tile::<1, VECTORS>(a, x, out, (row, column), shape);
+            }
+
+            /// Dot products of `ROWS` rows of `a` with `COLUMNS` rows of `b`.
+            #[target_feature(enable = $features)]
+            #[inline]
+            fn dot_tile<const ROWS: usize, const COLUMNS: usize>(
+                a: &[i16],
+                b: &[i16],
+                out: &mut [i32],
+                (row, column): (usize, usize),
+                (k, n): (usize, usize),
+            ) {
+                assert!(k % DOT_STEP == 0 && column + COLUMNS <= n && out.len() >= (row + ROWS) * n);
+                assert!(a.len() >= (row + ROWS) * k && b.len() >= (column + COLUMNS) * k);
+                let mut sums: [[$int; COLUMNS]; ROWS] = [[$int_zero(); COLUMNS]; ROWS];
+                for t in (0..k).step_by(2 * $lanes) {
+                    let mut values: [$int; COLUMNS] = [$int_zero(); COLUMNS];
+                    for c in 0..COLUMNS {
+                        // SAFETY: (column + c)·k + t + 2·lanes ≤ (column + COLUMNS)·k ≤ b.len(), as 2·lanes divides k.
+                        values[c] = unsafe { $int_load(b.as_ptr().add((column + c) * k + t).cast()) };
+                    }
+                    for r in 0..ROWS {
+                        // SAFETY: (row + r)·k + t + 2·lanes ≤ (row + ROWS)·k ≤ a.len(), likewise.
+                        let factors = unsafe { $int_load(a.as_ptr().add((row + r) * k + t).cast()) };
+                        for c in 0..COLUMNS {
+                            sums[r][c] = $pair_sum(sums[r][c], values[c], factors);
+                        }
+                    }
+                }
+                for r in 0..ROWS {
+                    for c in 0..COLUMNS {
+                        let mut lanes = [0i32; $lanes];
+                        // SAFETY: `lanes` holds exactly one vector.
+                        unsafe { $int_store(lanes.as_mut_ptr().cast(), sums[r][c]) };
+                        let mut total = 0i32;
+                        for lane in lanes {
+                            total = total.wrapping_add(lane);
+                        }
+                        out[(row + r) * n + column + c] = total;
+                    }
                 }
             }
 
@@ -80,17 +162,88 @@ macro_rules! tiled_multiply {
                 let m = check_shape(a, x, out, shape);
                 let n = shape.1;
                 let mut column = 0;
-                while column + 32 <= n {
-                    Self::strip::<{ 32 / $lanes }>(a, x, out, column, m, shape);
-                    column += 32;
+                while column + 2 * $lanes <= n {
+                    for_row_tiles!(m, $tallest, $rows, row, tile, 2, (a, x, out, (row, column), shape));
+                    column += 2 * $lanes;
                 }
                 while column + $lanes <= n {
-                    Self::strip::<1>(a, x, out, column, m, shape);
+                    for_row_tiles!(m, $tallest, $rows, row, tile, 1, (a, x, out, (row, column), shape));
                     column += $lanes;
                 }
                 if column < n {
                     // A block of eight tokens on AVX-512: half a vector.
-                    narrow(a, x, out, column, m, shape);
+                    for row in 0..m {
+                        Avx2::tile::<1, 1>(a, x, out, (row, column), shape);
+                    }
+                }
+            }
+
+            #[target_feature(enable = $features)]
+            #[inline]
+            fn all_pairs(a: &[i16], a_stride: usize, x: &[i16], out: &mut [i32], shape: (usize, usize)) {
+                let m = check_pairs(a, a_stride, x, out, shape);
+                let n = shape.1;
+                let mut column = 0;
+                while column + 2 * $lanes <= n {
+                    for_row_tiles!(
+                        m,
+                        $tallest,
+                        $rows,
+                        row,
+                        pair_tile,
+                        2,
+                        (a, a_stride, x, out, (row, column), shape)
+                    );
+                    column += 2 * $lanes;
+                }
+                while column + $lanes <= n {
+                    for_row_tiles!(
+                        m,
+                        $tallest,
+                        $rows,
+                        row,
+                        pair_tile,
+                        1,
+                        (a, a_stride, x, out, (row, column), shape)
+                    );
+                    column += $lanes;
+                }
+                if column < n {
+                    for row in 0..m {
+                        Avx2::pair_tile::<1, 1>(a, a_stride, x, out, (row, column), shape);
+                    }
+                }
+            }
+
+            #[target_feature(enable = $features)]
+            #[inline]
+            fn all_dots(a: &[i16], b: &[i16], out: &mut [i32], shape: (usize, usize)) {
+                let m = check_rows(a, b, out, shape);
+                let n = shape.1;
+                let mut column = 0;
+                while column + 4 <= n {
+                    for_row_tiles!(
+                        m,
+                        $dot_tallest,
+                        $dot_rows,
+                        row,
+                        dot_tile,
+                        4,
+                        (a, b, out, (row, column), shape)
+                    );
+                    column += 4;
+                }
+                while column < n {
+                    for_row_tiles!(
+                        m,
+                        $dot_tallest,
+                        $dot_rows,
+                        row,
+                        dot_tile,
+                        1,
+                        (a, b, out, (row, column), shape)
+                    );
+                    column += 1;
                 }
             }
         }
@@ -101,17 +254,34 @@ macro_rules! tiled_multiply {
                 // SAFETY: the marker is named only inside functions that enable these features.
                 unsafe { Self::all(a, x, out, shape) }
             }
+
+            #[inline(always)]
+            fn multiply_i16(a: &[i16], a_stride: usize, x: &[i16], out: &mut [i32], shape: (usize, usize)) {
+                // SAFETY: as above.
+                unsafe { Self::all_pairs(a, a_stride, x, out, shape) }
+            }
+
+            #[inline(always)]
+            fn dot_i16(a: &[i16], b: &[i16], out: &mut [i32], shape: (usize, usize)) {
+                // SAFETY: as above.
+                unsafe { Self::all_dots(a, b, out, shape) }
+            }
         }
     };
 }
 
-/// Eight tokens with AVX2, for the vector types that are wider than the block.
-#[target_feature(enable = "avx2,fma")]
+/// sum + the sums of products of neighbouring 16-bit integers.
+#[target_feature(enable = "avx2")]
 #[inline]
-fn narrow(a: &[f32], x: &[f32], out: &mut [f32], column: usize, m: usize, shape: (usize, usize)) {
-    for row in 0..m {
-        Avx2::tile::<1, 1>(a, x, out, (row, column), shape);
-    }
+fn pair_sum_256(sum: __m256i, a: __m256i, b: __m256i) -> __m256i {
+    _mm256_add_epi32(sum, _mm256_madd_epi16(a, b))
+}
+
+/// As [`pair_sum_256`], in 512 bits.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn pair_sum_512(sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
+    _mm512_add_epi32(sum, _mm512_madd_epi16(a, b))
 }
 
 tiled_multiply!(
@@ -120,23 +290,63 @@ tiled_multiply!(
     "avx2,fma",
     8,
     __m256,
+    __m256i,
     _mm256_setzero_ps,
     _mm256_loadu_ps,
     _mm256_storeu_ps,
     _mm256_set1_ps,
     _mm256_fmadd_ps,
-    2
+    _mm256_setzero_si256,
+    _mm256_loadu_si256,
+    _mm256_storeu_si256,
+    _mm256_set1_epi32,
+    pair_sum_256,
+    6,
+    [5, 4, 3, 2, 1],
+    2,
+    [1]
 );
 tiled_multiply!(
     Avx512,
-    "AVX-512.",
+    "AVX-512 F, BW, VL, DQ.",
     "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma",
     16,
     __m512,
+    __m512i,
     _mm512_setzero_ps,
     _mm512_loadu_ps,
     _mm512_storeu_ps,
     _mm512_set1_ps,
     _mm512_fmadd_ps,
-    8
+    _mm512_setzero_si512,
+    _mm512_loadu_si512,
+    _mm512_storeu_si512,
+    _mm512_set1_epi32,
+    pair_sum_512,
+    8,
+    [7, 6, 5, 4, 3, 2, 1],
+    4,
+    [3, 2, 1]
+);
+tiled_multiply!(
+    Avx512Vnni,
+    "AVX-512 with VNNI, which multiplies and adds pairs of integers in one instruction.",
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma",
+    16,
+    __m512,
+    __m512i,
+    _mm512_setzero_ps,
+    _mm512_loadu_ps,
+    _mm512_storeu_ps,
+    _mm512_set1_ps,
+    _mm512_fmadd_ps,
+    _mm512_setzero_si512,
+    _mm512_loadu_si512,
+    _mm512_storeu_si512,
+    _mm512_set1_epi32,
+    _mm512_dpwssd_epi32,
+    8,
+    [7, 6, 5, 4, 3, 2, 1],
+    4,
+    [3, 2, 1]
 );

@@ -1,0 +1,149 @@
+//! One KV head's attention over a part of the tokens: packed blocks, or the exact ones.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use kvlathe_codec::{Element, Queries, Scratch, StreamSet, StreamTables, best_isa, product, weigh};
+
+use super::AttentionOptions;
+use super::partial::Partial;
+use super::visibility::Visibility;
+use crate::error::Result;
+use crate::side::SideRow;
+
+/// Exact tokens that are multiplied together.
+const TILE_TOKENS: usize = 32;
+
+/// The work of one KV head of one sequence.
+pub(super) struct Head<'a, E> {
+    pub(super) key: &'a SideRow<E>,
+    pub(super) value: &'a SideRow<E>,
+    pub(super) keys: &'a StreamSet,
+    pub(super) values: &'a StreamSet,
+    pub(super) head: usize,
+    /// `[n, key_dim]` times the attention's scaling, `n` = group · queries, a query head's queries one after another.
+    pub(super) queries: &'a [f32],
+    pub(super) visibility: Visibility<'a>,
+    pub(super) options: AttentionOptions<'a>,
+}
+
+/// Buffers that a thread keeps from task to task.
+#[derive(Default)]
+struct Workspace {
+    scratch: Scratch,
+    queries: Queries,
+    scores: Vec<f32>,
+    rescale: Vec<f32>,
+    /// A tile's keys, component-major, then its values.
+    tile: Vec<f32>,
+    added: Vec<f32>,
+}
+
+thread_local! {
+    static WORKSPACE: RefCell<Workspace> = RefCell::default();
+}
+
+impl<E: Element> Head<'_, E> {
+    fn n(&self) -> usize {
+        self.queries.len() / self.keys.head_dim()
+    }
+
+    pub(super) fn value_stream(&self) -> &StreamTables {
+        &self.values.streams()[self.head]
+    }
+
+    fn cap(&self, scores: &mut [f32]) {
+        if let Some(cap) = self.options.softcap {
+            scores.iter_mut().for_each(|s| *s = cap * (*s / cap).tanh());
+        }
+    }
+
+    /// Packed blocks `range`.
+    pub(super) fn blocks(&self, range: Range<usize>) -> Result<Partial> {
+        WORKSPACE.with_borrow_mut(|workspace| self.blocks_in(range, workspace))
+    }
+
+    fn blocks_in(&self, range: Range<usize>, workspace: &mut Workspace) -> Result<Partial> {
+        let Workspace { scratch, queries, scores, rescale, .. } = workspace;
+        let (n, block_len, isa) = (self.n(), self.keys.block_len(), best_isa());
+        let (keys, values) = (&self.keys.streams()[self.head], self.value_stream());
+        let n_tokens = range.len() * block_len;
+        let first = self.key.n_sinks_held() + range.start * block_len;
+        let mut partial = Partial::new(values, n);
+        scores.resize(n * n_tokens, 0.0);
+        rescale.resize(n, 1.0);
+
+        let head_range = self.keys.head_range(self.head);
+        let blocks: Vec<&[u8]> = range.clone().map(|at| &self.key.block(at)[head_range.clone()]).collect();
+        let walk =
+            self.keys.rope().map(|rope| rope.walk_back((first + block_len / 2) as i64, block_len as i64));
+        queries.set(keys, self.queries);
+        keys.score_blocks(isa, &blocks, walk, queries, scores, scratch)?;
+
+        self.cap(scores);
+        self.visibility.hide(scores, n_tokens, first, n_tokens);
+        weigh(isa, scores, n_tokens, &mut partial.max, &mut partial.sum, rescale);
+
+        let head_range = self.values.head_range(self.head);
+        let blocks: Vec<&[u8]> = range.map(|at| &self.value.block(at)[head_range.clone()]).collect();
+        values.accumulate_blocks(isa, &blocks, scores, &mut partial.coefficients, scratch)?;
+        Ok(partial)
+    }
+
+    /// Sinks and tail.
+    pub(super) fn exact(&self) -> Partial {
+        WORKSPACE.with_borrow_mut(|workspace| {
+            let mut partial = Partial::new(self.value_stream(), self.n());
+            let (key_run, value_run) =
+                (TILE_TOKENS * self.keys.head_dim(), TILE_TOKENS * self.values.head_dim());
+            let tail_at = self.key.n_sinks_held() + self.key.n_coded();
+            for (keys, values, mut first) in [
+                (self.key.sinks(self.head), self.value.sinks(self.head), 0),
+                (self.key.tail(self.head), self.value.tail(self.head), tail_at),
+            ] {
+                for (keys, values) in keys.chunks(key_run).zip(values.chunks(value_run)) {
+                    self.exact_tile(keys, values, first, &mut partial, workspace);
+                    first += TILE_TOKENS;
+                }
+            }
+            partial
+        })
+    }
+
+    /// Up to [`TILE_TOKENS`] exact tokens, `[tokens, dim]`.
+    fn exact_tile(
+        &self,
+        keys: &[E],
+        values: &[E],
+        first: usize,
+        partial: &mut Partial,
+        workspace: &mut Workspace,
+    ) {
+        let Workspace { scores, rescale, tile, added, .. } = workspace;
+        let (n, key_dim, value_dim) = (self.n(), self.keys.head_dim(), self.values.head_dim());
+        let isa = best_isa();
+        tile.clear();
+        tile.resize(key_dim * TILE_TOKENS, 0.0);
+        for (t, key) in keys.chunks_exact(key_dim).enumerate() {
+            key.iter().enumerate().for_each(|(j, v)| tile[j * TILE_TOKENS + t] = v.to_f32());
+        }
+        scores.resize(n * TILE_TOKENS, 0.0);
+        product(isa, self.queries, tile, scores, (key_dim, TILE_TOKENS));
+        self.cap(scores);
+        self.visibility.hide(scores, TILE_TOKENS, first, keys.len() / key_dim);
+        rescale.resize(n, 1.0);
+        weigh(isa, scores, TILE_TOKENS, &mut partial.max, &mut partial.sum, rescale);
+
+        tile.clear();
+        tile.extend(values.iter().map(|v| v.to_f32()));
+        tile.resize(TILE_TOKENS * value_dim, 0.0);
+        added.resize(n * value_dim, 0.0);
+        product(isa, scores, tile, added, (TILE_TOKENS, value_dim));
+        for q in 0..n {
+            let run = q * value_dim..(q + 1) * value_dim;
+            for (out, more) in partial.out[run.clone()].iter_mut().zip(&added[run]) {
+                *out = out.mul_add(rescale[q], *more);
+            }
+        }
+    }
+}

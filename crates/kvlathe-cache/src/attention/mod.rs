@@ -1,0 +1,193 @@
+//! Attention straight from the packed blocks: exact parts and blocks join one softmax, nothing is expanded.
+//!
+//! Every head's tokens are cut into parts that threads work on independently; each keeps its own maximum and sum, and
+//! the results are joined at the end (as in split-k flash decoding).
+
+mod head;
+mod partial;
+mod visibility;
+
+use kvlathe_codec::{Element, MAX_TOKENS_AT_ONCE, StreamSet};
+use rayon::prelude::*;
+
+use crate::error::{CacheError, Result};
+use crate::layer::LayerCache;
+use crate::threads::with_threads;
+use crate::view::TensorView;
+use head::Head;
+use partial::Partial;
+use visibility::Visibility;
+
+/// Parts that each thread should have to choose from, for balance.
+const PARTS_PER_THREAD: usize = 4;
+/// Fewest packed tokens of a part: enough to make it worth its start.
+const MIN_PART_TOKENS: usize = 256;
+/// Multiply-adds that one thread does in the time it takes to wake another, about 20 µs.
+const WORTH_WAKING: usize = 1_000_000;
+
+/// What attention does beyond softmax(q·k)·v.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct AttentionOptions<'a> {
+    /// Factor on q·k.
+    pub scaling: f32,
+    /// Which keys a query sees, `[1 or batch, n_queries, n_tokens]`, nonzero = seen. Without it attention is causal,
+    /// the last query at the last token.
+    pub mask: Option<&'a [u8]>,
+    /// Scores become c·tanh(score / c).
+    pub softcap: Option<f32>,
+    /// One score a query head that joins the softmax without a value (gpt-oss).
+    pub sink_scores: Option<&'a [f32]>,
+}
+
+/// A part of one head's tokens.
+enum Part {
+    Exact,
+    Blocks(std::ops::Range<usize>),
+}
+
+impl<E: Element> LayerCache<E> {
+    /// Whether [`LayerCache::attend`] can serve: both sides coded in blocks, vectors of a multiple of eight components.
+    #[must_use]
+    pub fn can_attend(&self) -> bool {
+        self.stream_sets()
+            .is_some_and(|(k, v)| k.head_dim().is_multiple_of(8) && v.head_dim().is_multiple_of(8))
+    }
+
+    /// Attention of `queries` `[batch, query heads, n_queries, key_dim]` over all tokens, the newest included, on at
+    /// most `n_threads` threads.
+    ///
+    /// `out` is `[batch, n_queries, query heads, value_dim]`. Query head h reads KV head h / (query heads / KV heads).
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or a layer for which [`LayerCache::can_attend`] is false.
+    pub fn attend(
+        &self,
+        queries: TensorView<'_, E>,
+        options: AttentionOptions<'_>,
+        out: &mut [E],
+        n_threads: usize,
+    ) -> Result<()> {
+        let [batch, query_heads, n_queries, dim] = queries.shape();
+        let (Some((keys, values)), true) = (self.stream_sets(), self.can_attend()) else {
+            return Err(CacheError::NotFused);
+        };
+        self.check_queries(&queries, keys.head_dim(), &options, out.len(), values.head_dim())?;
+        let work = batch * query_heads * n_queries * self.n_tokens() * (dim + values.head_dim());
+        if work < WORTH_WAKING {
+            return self.attend_on(1, &queries, options, out, (keys, values));
+        }
+        with_threads(n_threads, || self.attend_on(n_threads, &queries, options, out, (keys, values)))
+    }
+
+    /// The parts of one head's tokens, when `n_heads` heads are shared out to `n_threads` threads.
+    fn parts(&self, block_len: usize, n_heads: usize, n_threads: usize) -> Vec<Part> {
+        let n_blocks = self.sides(0).0.n_blocks();
+        let wanted = (n_blocks * n_heads).div_ceil(PARTS_PER_THREAD * n_threads);
+        let len = wanted.clamp(MIN_PART_TOKENS.div_ceil(block_len), MAX_TOKENS_AT_ONCE / block_len);
+        let blocks = (0..n_blocks).step_by(len).map(|first| Part::Blocks(first..n_blocks.min(first + len)));
+        blocks.chain([Part::Exact]).collect()
+    }
+
+    fn attend_on(
+        &self,
+        n_threads: usize,
+        queries: &TensorView<'_, E>,
+        options: AttentionOptions<'_>,
+        out: &mut [E],
+        (keys, values): (&StreamSet, &StreamSet),
+    ) -> Result<()> {
+        let [batch, query_heads, n_queries, dim] = queries.shape();
+        let (n_heads, n_tokens, value_dim) = (self.n_heads(), self.n_tokens(), values.head_dim());
+        let group = query_heads / n_heads;
+        // `[batch, query heads, n_queries, dim]`: the queries of one KV head lie together.
+        let mut wide = Vec::with_capacity(batch * query_heads * n_queries * dim);
+        for row in 0..batch {
+            for query_head in 0..query_heads {
+                for query in 0..n_queries {
+                    let vector = queries.token(row, query_head, query);
+                    wide.extend(vector.iter().map(|v| v.to_f32() * options.scaling));
+                }
+            }
+        }
+        let heads: Vec<Head<'_, E>> = wide
+            .chunks_exact(group * n_queries * dim)
+            .enumerate()
+            .map(|(at, queries)| {
+                let (row, head) = (at / n_heads, at % n_heads);
+                let per_row = n_queries * n_tokens;
+                let mask =
+                    options.mask.map(|m| if m.len() == per_row { m } else { &m[row * per_row..][..per_row] });
+                let (key, value) = self.sides(row);
+                let visibility = Visibility { mask, n_queries, n_tokens };
+                Head { key, value, keys, values, head, queries, visibility, options }
+            })
+            .collect();
+        let parts = self.parts(keys.block_len(), heads.len(), n_threads);
+        let run = |task: usize| -> Result<Partial> {
+            let head = &heads[task / parts.len()];
+            match &parts[task % parts.len()] {
+                Part::Exact => Ok(head.exact()),
+                Part::Blocks(range) => head.blocks(range.clone()),
+            }
+        };
+        let n_tasks = heads.len() * parts.len();
+        let partials: Vec<Partial> = if n_threads == 1 {
+            (0..n_tasks).map(run).collect::<Result<_>>()?
+        } else {
+            (0..n_tasks).into_par_iter().with_max_len(1).map(run).collect::<Result<_>>()?
+        };
+
+        let mut partials = partials.into_iter();
+        for (at, head) in heads.iter().enumerate() {
+            let (row, kv_head) = (at / n_heads, at % n_heads);
+            let mut total = partials.next().expect("one for each part of each head");
+            partials.by_ref().take(parts.len() - 1).for_each(|partial| total.merge(&partial));
+            if let Some(scores) = options.sink_scores {
+                for i in 0..group * n_queries {
+                    total.add_sink(i, scores[kv_head * group + i / n_queries]);
+                }
+            }
+            let vectors = total.finish(head.value_stream())?;
+            for (i, vector) in vectors.chunks_exact(value_dim).enumerate() {
+                let (member, query) = (i / n_queries, i % n_queries);
+                let to = ((row * n_queries + query) * query_heads + kv_head * group + member) * value_dim;
+                for (o, v) in out[to..to + value_dim].iter_mut().zip(vector) {
+                    *o = E::from_f32(*v);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_queries(
+        &self,
+        queries: &TensorView<'_, E>,
+        key_dim: usize,
+        options: &AttentionOptions<'_>,
+        out_len: usize,
+        value_dim: usize,
+    ) -> Result<()> {
+        let [batch, query_heads, n_queries, dim] = queries.shape();
+        let heads = self.n_heads();
+        let masked = options.mask.map_or(0, <[u8]>::len);
+        let per_row = n_queries * self.n_tokens();
+        let mask_fits = options.mask.is_none() || masked == per_row || masked == batch * per_row;
+        for (what, given, expected) in [
+            ("the queries' batch size", batch, self.batch()),
+            ("head_dim of the queries", dim, key_dim),
+            ("the number of query heads over that of KV heads, remainder", query_heads % heads, 0),
+            ("the size of the attention mask", masked, if mask_fits { masked } else { batch * per_row }),
+            ("the size of the attention output", out_len, batch * n_queries * query_heads * value_dim),
+        ] {
+            if given != expected {
+                return Err(CacheError::Shape { what, given, expected });
+            }
+        }
+        match options.sink_scores {
+            Some(scores) if scores.len() != query_heads => {
+                Err(CacheError::Buffer { what: "sink scores", given: scores.len(), expected: query_heads })
+            }
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! What a part of the tokens contributes to a softmax, and how parts are joined.
+
+use kvlathe_codec::{CoefficientSums, StreamTables, best_isa};
+
+use crate::error::Result;
+
+/// The weighted sum of a part's values for the queries of one KV head, relative to the part's largest scores.
+///
+/// Parts are joined as in split-k flash decoding: both are brought to the larger maximum.
+#[derive(Debug)]
+pub(super) struct Partial {
+    /// `[n]`: the largest score, −∞ while nothing was seen.
+    pub(super) max: Vec<f32>,
+    /// `[n]`: Σ e^(score − max).
+    pub(super) sum: Vec<f32>,
+    /// `[n, value_dim]`: of exact tokens.
+    pub(super) out: Vec<f32>,
+    /// Of packed tokens, in the coefficient domain.
+    pub(super) coefficients: CoefficientSums,
+}
+
+impl Partial {
+    /// Nothing yet, for `n` queries.
+    pub(super) fn new(values: &StreamTables, n: usize) -> Self {
+        Self {
+            max: vec![f32::NEG_INFINITY; n],
+            sum: vec![0.0; n],
+            out: vec![0.0; n * values.head_dim()],
+            coefficients: CoefficientSums::new(values, n),
+        }
+    }
+
+    /// Multiplies what was summed for a query by a factor: a larger score has been found.
+    pub(super) fn rescale(&mut self, query: usize, factor: f32) {
+        if factor != 1.0 {
+            self.coefficients.scale(query, factor);
+            self.out_of(query).iter_mut().for_each(|v| *v *= factor);
+        }
+    }
+
+    fn out_of(&mut self, query: usize) -> &mut [f32] {
+        let dim = self.out.len() / self.max.len();
+        &mut self.out[query * dim..(query + 1) * dim]
+    }
+
+    /// Takes in another part of the same queries.
+    pub(super) fn merge(&mut self, other: &Self) {
+        for q in 0..self.max.len() {
+            let largest = self.max[q].max(other.max[q]);
+            if largest == f32::NEG_INFINITY {
+                continue;
+            }
+            let (ours, theirs) = ((self.max[q] - largest).exp(), (other.max[q] - largest).exp());
+            self.rescale(q, ours);
+            self.sum[q] = self.sum[q] * ours + other.sum[q] * theirs;
+            self.coefficients.add(q, &other.coefficients, theirs);
+            let dim = other.out.len() / other.max.len();
+            for (o, v) in self.out_of(q).iter_mut().zip(&other.out[q * dim..(q + 1) * dim]) {
+                *o += v * theirs;
+            }
+            self.max[q] = largest;
+        }
+    }
+
+    /// A score that takes weight but has no value (gpt-oss).
+    pub(super) fn add_sink(&mut self, query: usize, score: f32) {
+        let largest = self.max[query].max(score);
+        let shrink = (self.max[query] - largest).exp();
+        self.sum[query] = self.sum[query] * shrink + (score - largest).exp();
+        self.rescale(query, shrink);
+        self.max[query] = largest;
+    }
+
+    /// The attention's output `[n, value_dim]`: zeros for a query that saw nothing (a row of padding), not NaN.
+    pub(super) fn finish(mut self, values: &StreamTables) -> Result<Vec<f32>> {
+        values.finish_sums(best_isa(), &self.coefficients, &mut self.out)?;
+        for q in 0..self.max.len() {
+            let inverse = if self.sum[q] == 0.0 { 0.0 } else { 1.0 / self.sum[q] };
+            self.out_of(q).iter_mut().for_each(|v| *v *= inverse);
+        }
+        Ok(self.out)
+    }
+}

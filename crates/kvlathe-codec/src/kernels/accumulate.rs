@@ -1,0 +1,131 @@
+//! Weighted sums in the coefficient domain; see [`crate::attend`] for the formula.
+
+use super::levels::{unpack_row_of_blocks, unpack_sides};
+use super::multiply::{DOT_STEP, Multiply};
+use super::{LANES, ROUND, Scratch};
+use crate::attend::CoefficientSums;
+use crate::basis::StreamTables;
+use crate::block::{SIDE_BYTES_PER_TOKEN, row_bytes};
+
+/// Coefficients that are unpacked and summed together.
+pub(super) const TOGETHER: usize = 4;
+/// Σ weight · doubled level stays below 2³¹ when the integer weights sum to less than this: 255 · 8.4 million.
+const LARGEST_SUM: f32 = 8.4e6;
+
+/// As [`StreamTables::accumulate_blocks`].
+#[inline(always)]
+pub(super) fn accumulate<M: Multiply>(
+    tables: &StreamTables,
+    blocks: &[&[u8]],
+    weights: &[f32],
+    sums: &mut CoefficientSums,
+    scratch: &mut Scratch,
+) {
+    let (n, n_coded, n_queries) = (tables.block_len, tables.n_coded(), sums.n_queries());
+    let n_tokens = blocks.len() * n;
+    let stride = n_tokens.next_multiple_of(DOT_STEP);
+    let Scratch { products, weights_i16, row_levels, gains, scales, units, .. } = scratch;
+    for b in 0..blocks.len() {
+        let run = b * n..(b + 1) * n;
+        unpack_sides(&blocks[b][..n * SIDE_BYTES_PER_TOKEN], &mut gains[run.clone()], &mut scales[run]);
+    }
+    let (gains, scales) = (&gains[..n_tokens], &mut scales[..n_tokens]);
+    for t in 0..n_tokens {
+        scales[t] *= gains[t];
+    }
+    for q in 0..n_queries {
+        let weights = &weights[q * n_tokens..][..n_tokens];
+        sums.mean_weights[q] += dot(weights, gains);
+        units[q] = quantise(weights, scales, &mut weights_i16[q * stride..][..stride]);
+    }
+
+    let mut at = [0; TOGETHER];
+    let mut next_row = n * SIDE_BYTES_PER_TOKEN;
+    for first in (0..n_coded).step_by(TOGETHER) {
+        let together = TOGETHER.min(n_coded - first);
+        for i in 0..together {
+            let width = tables.coded[first + i].width;
+            at[i] = next_row;
+            next_row += row_bytes(width, n);
+            let levels = &mut row_levels[i * stride..][..n_tokens];
+            unpack_row_of_blocks(width, n, blocks, at[i], levels);
+        }
+        let dots = &mut products[..n_queries * together];
+        M::dot_i16(weights_i16, row_levels, dots, (stride, together));
+        for q in 0..n_queries {
+            let sums = &mut sums.sums[q * n_coded + first..][..together];
+            for i in 0..together {
+                sums[i] = (dots[q * together + i] as f32).mul_add(units[q], sums[i]);
+            }
+        }
+    }
+}
+
+/// Σ aₜ·bₜ, eight partial sums side by side.
+#[inline(always)]
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    for t in (0..a.len()).step_by(LANES) {
+        let (a, b) = (&a[t..t + LANES], &b[t..t + LANES]);
+        for l in 0..LANES {
+            lanes[l] = a[l].mul_add(b[l], lanes[l]);
+        }
+    }
+    let mut sum = 0.0;
+    for l in 0..LANES {
+        sum += lanes[l];
+    }
+    sum
+}
+
+/// Rounds weightₜ·scaleₜ to integers; returns what one of (integer · doubled level) is worth.
+#[inline(always)]
+fn quantise(weights: &[f32], scales: &[f32], integers: &mut [i16]) -> f32 {
+    let (mut largest, mut totals) = ([0.0f32; LANES], [0.0f32; LANES]);
+    for t in (0..weights.len()).step_by(LANES) {
+        let (weights, scales) = (&weights[t..t + LANES], &scales[t..t + LANES]);
+        for l in 0..LANES {
+            let product = weights[l] * scales[l];
+            largest[l] = if product > largest[l] { product } else { largest[l] };
+            totals[l] += product;
+        }
+    }
+    let (mut most, mut total) = (0.0f32, 0.0f32);
+    for l in 0..LANES {
+        most = most.max(largest[l]);
+        total += totals[l];
+    }
+    integers[weights.len()..].fill(0);
+    if !(most > 0.0 && total.is_finite()) {
+        integers[..weights.len()].fill(0);
+        // NaN weights must not become silent zeros.
+        return total * 0.0;
+    }
+    // Rounding adds at most a half a token to the sum.
+    let factor = (32_700.0 / most).min((LARGEST_SUM - 0.5 * weights.len() as f32) / total);
+    for t in 0..weights.len() {
+        integers[t] = ((weights[t] * scales[t]).mul_add(factor, ROUND)).to_bits() as i16;
+    }
+    0.5 / factor
+}
+
+/// As [`StreamTables::finish_sums`].
+#[inline(always)]
+pub(super) fn finish<M: Multiply>(tables: &StreamTables, sums: &CoefficientSums, out: &mut [f32]) {
+    let n_coded = tables.n_coded();
+    let whole = n_coded / LANES * LANES;
+    let d = tables.head_dim;
+    for q in 0..sums.n_queries() {
+        let out = &mut out[q * d..(q + 1) * d];
+        let coefficients = &sums.sums[q * n_coded..(q + 1) * n_coded];
+        let mean_weight = sums.mean_weights[q];
+        for j in 0..d {
+            let row = &tables.synthesis[j * n_coded..(j + 1) * n_coded];
+            let mut sum = dot(&row[..whole], &coefficients[..whole]);
+            for i in whole..n_coded {
+                sum = row[i].mul_add(coefficients[i], sum);
+            }
+            out[j] += mean_weight.mul_add(tables.shape_mean[j * tables.block_len], sum);
+        }
+    }
+}
