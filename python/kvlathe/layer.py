@@ -110,7 +110,7 @@ class CompressedLayer(DynamicLayer):
         attends, self.attends_next = self.attends_next, False
         # Gradients cannot flow through native attention; the dense way keeps those of the new tokens.
         attends = attends and not (torch.is_grad_enabled() and key_states.requires_grad)
-        if attends and store.can_attend and store.n_coded and key_states.shape[2] <= _MOST_FUSED_QUERIES:
+        if attends and store.can_attend and key_states.shape[2] <= _MOST_FUSED_QUERIES:
             return self._update_for_attention(store, key_states, value_states)
         past = store.n_tokens
         try:

@@ -10,6 +10,12 @@ pub trait Element: bytemuck::Pod + Default + Send + Sync + PartialEq + std::fmt:
     fn to_f32(self) -> f32;
     /// Rounds to nearest even.
     fn from_f32(value: f32) -> Self;
+    /// A run of values as f32: the run itself, or a copy in `buffer`.
+    fn widen<'a>(values: &'a [Self], buffer: &'a mut Vec<f32>) -> &'a [f32] {
+        buffer.clear();
+        buffer.extend(values.iter().map(|value| value.to_f32()));
+        buffer
+    }
 }
 
 impl Element for f32 {
@@ -21,6 +27,10 @@ impl Element for f32 {
     #[inline(always)]
     fn from_f32(value: f32) -> Self {
         value
+    }
+    #[inline(always)]
+    fn widen<'a>(values: &'a [Self], _: &'a mut Vec<f32>) -> &'a [f32] {
+        values
     }
 }
 

@@ -59,7 +59,7 @@ pub use basis::{BLOCK_LENS, Basis, MAX_HEAD_DIM, StreamTables};
 pub use block::{SIDE_BYTES_PER_TOKEN, pack_row, row_bytes, unpack_row};
 pub use element::Element;
 pub use error::{CodecError, Result};
-pub use kernels::{Isa, Scratch, available_isas, best_isa, product, weigh};
+pub use kernels::{Isa, Scratch, available_isas, best_isa, product, row_products, weigh};
 pub use low_rank::{LowRank, ORTHONORMAL_LIMIT, Storage};
 pub use query::Queries;
 pub use rope::{Pairing, Rope, Rotation, RotationWalk};

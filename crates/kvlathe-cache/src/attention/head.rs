@@ -3,7 +3,9 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use kvlathe_codec::{Element, Queries, Scratch, StreamSet, StreamTables, best_isa, product, weigh};
+use kvlathe_codec::{
+    Element, Queries, Scratch, StreamSet, StreamTables, best_isa, product, row_products, weigh,
+};
 
 use super::AttentionOptions;
 use super::partial::Partial;
@@ -11,8 +13,8 @@ use super::visibility::Visibility;
 use crate::error::Result;
 use crate::side::SideRow;
 
-/// Exact tokens that are multiplied together.
-const TILE_TOKENS: usize = 32;
+/// Exact tokens that are multiplied together: their keys and values stay in the second-level cache.
+const TILE_TOKENS: usize = 256;
 
 /// The work of one KV head of one sequence.
 pub(super) struct Head<'a, E> {
@@ -34,8 +36,8 @@ struct Workspace {
     queries: Queries,
     scores: Vec<f32>,
     rescale: Vec<f32>,
-    /// A tile's keys, component-major, then its values.
-    tile: Vec<f32>,
+    /// Exact keys or values that are not float32 already.
+    wide: Vec<f32>,
     added: Vec<f32>,
 }
 
@@ -81,7 +83,7 @@ impl<E: Element> Head<'_, E> {
         keys.score_blocks(isa, &blocks, walk, queries, scores, scratch)?;
 
         self.cap(scores);
-        self.visibility.hide(scores, n_tokens, first, n_tokens);
+        self.visibility.hide(scores, n_tokens, first);
         weigh(isa, scores, n_tokens, &mut partial.max, &mut partial.sum, rescale);
 
         let head_range = self.values.head_range(self.head);
@@ -119,26 +121,18 @@ impl<E: Element> Head<'_, E> {
         partial: &mut Partial,
         workspace: &mut Workspace,
     ) {
-        let Workspace { scores, rescale, tile, added, .. } = workspace;
+        let Workspace { scores, rescale, wide, added, .. } = workspace;
         let (n, key_dim, value_dim) = (self.n(), self.keys.head_dim(), self.values.head_dim());
-        let isa = best_isa();
-        tile.clear();
-        tile.resize(key_dim * TILE_TOKENS, 0.0);
-        for (t, key) in keys.chunks_exact(key_dim).enumerate() {
-            key.iter().enumerate().for_each(|(j, v)| tile[j * TILE_TOKENS + t] = v.to_f32());
-        }
-        scores.resize(n * TILE_TOKENS, 0.0);
-        product(isa, self.queries, tile, scores, (key_dim, TILE_TOKENS));
+        let (n_tokens, isa) = (keys.len() / key_dim, best_isa());
+        scores.resize(n * n_tokens, 0.0);
+        row_products(isa, self.queries, E::widen(keys, wide), scores, (key_dim, n_tokens));
         self.cap(scores);
-        self.visibility.hide(scores, TILE_TOKENS, first, keys.len() / key_dim);
+        self.visibility.hide(scores, n_tokens, first);
         rescale.resize(n, 1.0);
-        weigh(isa, scores, TILE_TOKENS, &mut partial.max, &mut partial.sum, rescale);
+        weigh(isa, scores, n_tokens, &mut partial.max, &mut partial.sum, rescale);
 
-        tile.clear();
-        tile.extend(values.iter().map(|v| v.to_f32()));
-        tile.resize(TILE_TOKENS * value_dim, 0.0);
         added.resize(n * value_dim, 0.0);
-        product(isa, scores, tile, added, (TILE_TOKENS, value_dim));
+        product(isa, scores, E::widen(values, wide), added, (n_tokens, value_dim));
         for q in 0..n {
             let run = q * value_dim..(q + 1) * value_dim;
             for (out, more) in partial.out[run.clone()].iter_mut().zip(&added[run]) {

@@ -28,19 +28,15 @@ impl Visibility<'_> {
         }
     }
 
-    /// Sets scores `[group · n_queries, width]` of the tokens from `first` on to −∞ where nothing is seen; tokens from
-    /// the `valid`-th on are padding.
-    pub(super) fn hide(&self, scores: &mut [f32], width: usize, first: usize, valid: usize) {
-        if self.sees_all(first..first + valid) {
-            if valid < width {
-                scores.chunks_exact_mut(width).for_each(|row| row[valid..].fill(f32::NEG_INFINITY));
-            }
+    /// Sets scores `[group · n_queries, width]` of the tokens from `first` on to −∞ where nothing is seen.
+    pub(super) fn hide(&self, scores: &mut [f32], width: usize, first: usize) {
+        if self.sees_all(first..first + width) {
             return;
         }
         for (row, scores) in scores.chunks_exact_mut(width).enumerate() {
             let query = row % self.n_queries;
             for (t, score) in scores.iter_mut().enumerate() {
-                if t >= valid || !self.sees(query, first + t) {
+                if !self.sees(query, first + t) {
                     *score = f32::NEG_INFINITY;
                 }
             }

@@ -177,6 +177,10 @@ for_each_isa!(
     product, product::product, (a: &[f32], x: &[f32], out: &mut [f32], shape: (usize, usize))
 );
 for_each_isa!(
+    /// out[m, n] = a[m, k] · b[n, k]ᵀ, dot products of rows; `shape` is (k, n), k a multiple of eight.
+    row_products, product::row_products, (a: &[f32], b: &[f32], out: &mut [f32], shape: (usize, usize))
+);
+for_each_isa!(
     /// Turns scores `[n_queries, n]` into weights e^(score − max), keeping each query's running maximum and sum;
     /// `rescale[q]` receives the factor for what was summed before.
     weigh, softmax::weigh, (scores: &mut [f32], n: usize, max: &mut [f32], sum: &mut [f32], rescale: &mut [f32])

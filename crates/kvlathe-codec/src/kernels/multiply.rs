@@ -2,11 +2,14 @@
 
 /// The matrix products of one instruction set.
 ///
-/// All matrices are row-major. Float entries are one chain of fused multiply-adds in rising k and integer entries are
-/// exact, so every instruction set gives the same bits.
+/// All matrices are row-major. Entries of [`Multiply::multiply`] are one chain of fused multiply-adds in rising k and
+/// integer entries are exact, so every instruction set gives the same bits of them.
 pub(super) trait Multiply {
     /// out[m, n] = a[m, k] · x[k, n]; `shape` is (k, n), `m = out.len() / n`, n a multiple of eight.
     fn multiply(a: &[f32], x: &[f32], out: &mut [f32], shape: (usize, usize));
+
+    /// out[m, n] = a[m, k] · b[n, k]ᵀ: dot products of rows; `shape` is (k, n), k a multiple of eight.
+    fn dot(a: &[f32], b: &[f32], out: &mut [f32], shape: (usize, usize));
 
     /// out[m, n] = a[m, k] · x, with x as `[k/2, n, 2]`: two rows lie interleaved, as the instructions that multiply
     /// pairs of 16-bit integers want them. The rows of `a` begin `a_stride` apart; k is even, n a multiple of eight.
@@ -25,6 +28,15 @@ pub(super) fn check_shape(a: &[f32], x: &[f32], out: &[f32], (k, n): (usize, usi
     assert!(n > 0 && n.is_multiple_of(8) && out.len().is_multiple_of(n));
     let m = out.len() / n;
     assert!(a.len() >= m * k && x.len() >= k * n);
+    m
+}
+
+/// As [`check_shape`], for [`Multiply::dot`].
+#[inline(always)]
+pub(super) fn check_dot(a: &[f32], b: &[f32], out: &[f32], (k, n): (usize, usize)) -> usize {
+    assert!(n > 0 && out.len().is_multiple_of(n) && k.is_multiple_of(8));
+    let m = out.len() / n;
+    assert!(a.len() >= m * k && b.len() >= n * k);
     m
 }
 
@@ -70,6 +82,23 @@ impl Multiply for Portable {
                 for (sum, value) in sums.iter_mut().zip(&x[j * n..(j + 1) * n]) {
                     *sum = factor.mul_add(*value, *sum);
                 }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn dot(a: &[f32], b: &[f32], out: &mut [f32], (k, n): (usize, usize)) {
+        let m = check_dot(a, b, out, (k, n));
+        for i in 0..m {
+            for j in 0..n {
+                let (a, b) = (&a[i * k..(i + 1) * k], &b[j * k..(j + 1) * k]);
+                let mut lanes = [0.0f32; 8];
+                for t in (0..k).step_by(8) {
+                    for l in 0..8 {
+                        lanes[l] += a[t + l] * b[t + l];
+                    }
+                }
+                out[i * n + j] = lanes.iter().sum();
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::multiply::{DOT_STEP, Multiply, check_pairs, check_rows, check_shape};
+use super::multiply::{DOT_STEP, Multiply, check_dot, check_pairs, check_rows, check_shape};
 
 /// Calls `$tile::<ROWS, VECTORS>` for all rows: the tallest tile as often as it fits, then one for the rest, so that
 /// seven queries are one tile and not three.
@@ -26,7 +26,7 @@ macro_rules! for_row_tiles {
 /// Defines the tiles and the loops over them for one vector type.
 macro_rules! tiled_multiply {
     ($marker:ident, $doc:literal, $features:literal, $lanes:literal, $float:ty, $int:ty,
-     $zero:ident, $load:ident, $store:ident, $splat:ident, $fma:ident,
+     $zero:ident, $load:ident, $store:ident, $splat:ident, $fma:ident, $total:ident,
      $int_zero:ident, $int_load:ident, $int_store:ident, $int_splat:ident, $pair_sum:ident,
      $tallest:literal, $rows:tt, $dot_tallest:literal, $dot_rows:tt) => {
         #[doc = $doc]
@@ -119,6 +119,45 @@ macro_rules! tiled_multiply {
             #[target_feature(enable = $features)]
             #[inline]
             fn dot_tile<const ROWS: usize, const COLUMNS: usize>(
+                a: &[f32],
+                b: &[f32],
+                out: &mut [f32],
+                (row, column): (usize, usize),
+                (k, n): (usize, usize),
+            ) {
+                assert!(column + COLUMNS <= n && out.len() >= (row + ROWS) * n);
+                assert!(a.len() >= (row + ROWS) * k && b.len() >= (column + COLUMNS) * k);
+                let mut sums: [[$float; COLUMNS]; ROWS] = [[$zero(); COLUMNS]; ROWS];
+                let whole = k / $lanes * $lanes;
+                for t in (0..whole).step_by($lanes) {
+                    let mut values: [$float; COLUMNS] = [$zero(); COLUMNS];
+                    for c in 0..COLUMNS {
+                        // SAFETY: (column + c)·k + t + lanes ≤ (column + COLUMNS)·k ≤ b.len().
+                        values[c] = unsafe { $load(b.as_ptr().add((column + c) * k + t)) };
+                    }
+                    for r in 0..ROWS {
+                        // SAFETY: (row + r)·k + t + lanes ≤ (row + ROWS)·k ≤ a.len().
+                        let factors = unsafe { $load(a.as_ptr().add((row + r) * k + t)) };
+                        for c in 0..COLUMNS {
+                            sums[r][c] = $fma(factors, values[c], sums[r][c]);
+                        }
+                    }
+                }
+                for r in 0..ROWS {
+                    for c in 0..COLUMNS {
+                        let mut total = $total(sums[r][c]);
+                        for t in whole..k {
+                            total = a[(row + r) * k + t].mul_add(b[(column + c) * k + t], total);
+                        }
+                        out[(row + r) * n + column + c] = total;
+                    }
+                }
+            }
+
+            /// As `dot_tile`, for 16-bit integers.
+            #[target_feature(enable = $features)]
+            #[inline]
+            fn int_dot_tile<const ROWS: usize, const COLUMNS: usize>(
                 a: &[i16],
                 b: &[i16],
                 out: &mut [i32],
@@ -217,8 +256,8 @@ macro_rules! tiled_multiply {
 
             #[target_feature(enable = $features)]
             #[inline]
-            fn all_dots(a: &[i16], b: &[i16], out: &mut [i32], shape: (usize, usize)) {
-                let m = check_rows(a, b, out, shape);
+            fn all_dots(a: &[f32], b: &[f32], out: &mut [f32], shape: (usize, usize)) {
+                let m = check_dot(a, b, out, shape);
                 let n = shape.1;
                 let mut column = 0;
                 while column + 4 <= n {
@@ -246,6 +285,38 @@ macro_rules! tiled_multiply {
                     column += 1;
                 }
             }
+
+            #[target_feature(enable = $features)]
+            #[inline]
+            fn all_int_dots(a: &[i16], b: &[i16], out: &mut [i32], shape: (usize, usize)) {
+                let m = check_rows(a, b, out, shape);
+                let n = shape.1;
+                let mut column = 0;
+                while column + 4 <= n {
+                    for_row_tiles!(
+                        m,
+                        $dot_tallest,
+                        $dot_rows,
+                        row,
+                        int_dot_tile,
+                        4,
+                        (a, b, out, (row, column), shape)
+                    );
+                    column += 4;
+                }
+                while column < n {
+                    for_row_tiles!(
+                        m,
+                        $dot_tallest,
+                        $dot_rows,
+                        row,
+                        int_dot_tile,
+                        1,
+                        (a, b, out, (row, column), shape)
+                    );
+                    column += 1;
+                }
+            }
         }
 
         impl Multiply for $marker {
@@ -253,6 +324,12 @@ macro_rules! tiled_multiply {
             fn multiply(a: &[f32], x: &[f32], out: &mut [f32], shape: (usize, usize)) {
                 // SAFETY: the marker is named only inside functions that enable these features.
                 unsafe { Self::all(a, x, out, shape) }
+            }
+
+            #[inline(always)]
+            fn dot(a: &[f32], b: &[f32], out: &mut [f32], shape: (usize, usize)) {
+                // SAFETY: as above.
+                unsafe { Self::all_dots(a, b, out, shape) }
             }
 
             #[inline(always)]
@@ -264,10 +341,19 @@ macro_rules! tiled_multiply {
             #[inline(always)]
             fn dot_i16(a: &[i16], b: &[i16], out: &mut [i32], shape: (usize, usize)) {
                 // SAFETY: as above.
-                unsafe { Self::all_dots(a, b, out, shape) }
+                unsafe { Self::all_int_dots(a, b, out, shape) }
             }
         }
     };
+}
+
+/// The sum of eight lanes.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn total_256(lanes: __m256) -> f32 {
+    let halves = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps::<1>(lanes));
+    let pairs = _mm_add_ps(halves, _mm_movehl_ps(halves, halves));
+    _mm_cvtss_f32(_mm_add_ss(pairs, _mm_shuffle_ps::<1>(pairs, pairs)))
 }
 
 /// sum + the sums of products of neighbouring 16-bit integers.
@@ -296,6 +382,7 @@ tiled_multiply!(
     _mm256_storeu_ps,
     _mm256_set1_ps,
     _mm256_fmadd_ps,
+    total_256,
     _mm256_setzero_si256,
     _mm256_loadu_si256,
     _mm256_storeu_si256,
@@ -318,6 +405,7 @@ tiled_multiply!(
     _mm512_storeu_ps,
     _mm512_set1_ps,
     _mm512_fmadd_ps,
+    _mm512_reduce_add_ps,
     _mm512_setzero_si512,
     _mm512_loadu_si512,
     _mm512_storeu_si512,
@@ -340,6 +428,7 @@ tiled_multiply!(
     _mm512_storeu_ps,
     _mm512_set1_ps,
     _mm512_fmadd_ps,
+    _mm512_reduce_add_ps,
     _mm512_setzero_si512,
     _mm512_loadu_si512,
     _mm512_storeu_si512,

@@ -1,4 +1,4 @@
-//! The matrix product by itself, for exact parts of a cache.
+//! The matrix products by themselves, for exact parts of a cache.
 
 use super::multiply::Multiply;
 
@@ -6,4 +6,10 @@ use super::multiply::Multiply;
 #[inline(always)]
 pub(super) fn product<M: Multiply>(a: &[f32], x: &[f32], out: &mut [f32], shape: (usize, usize)) {
     M::multiply(a, x, out, shape);
+}
+
+/// out[m, n] = a[m, k] · b[n, k]ᵀ; panics unless the lengths fit (k a multiple of eight).
+#[inline(always)]
+pub(super) fn row_products<M: Multiply>(a: &[f32], b: &[f32], out: &mut [f32], shape: (usize, usize)) {
+    M::dot(a, b, out, shape);
 }
