@@ -7,8 +7,8 @@
 //!   blocks; S is applied once at the end. Values are not rotated, so their mean is one vector.
 //!
 //! Levels are small integers, so the long products run on 16-bit integers: q, Sᵀq and pₜγₜsₜ are rounded to that. The
-//! error of a score is below 10⁻⁴·‖q‖·‖x̂‖ where coefficients suffer about the same distortion, as calibrated ones do (and
-//! below 10⁻³ where wide coefficients have no more of it than narrow ones have variance), that of a sum below 2·10⁻⁵·Σ pₜ‖x̂ₜ‖: what the codes themselves leave out is a
+//! error of a score is below 10⁻⁴·‖q‖·‖x̂‖ where coded coefficients suffer about the same distortion, as calibrated ones
+//! do (below 10⁻³ in any case tried), that of a sum below 2·10⁻⁵·Σ pₜ‖x̂ₜ‖: what the codes themselves leave out is a
 //! hundred times as much.
 
 use std::ops::Range;

@@ -17,7 +17,8 @@ fn tables(
     widths: [Width; 4],
     calibrated: bool,
 ) -> StreamTables {
-    let mut synthesis = wave(3, d * d);
+    // Nearly orthogonal columns, as calibration's are: else large terms cancel.
+    let mut synthesis: Vec<f32> = wave(3, d * d).iter().map(|v| 0.1 * v).collect();
     (0..d).for_each(|i| synthesis[i * d + i] += 12.0);
     for (i, value) in synthesis.iter_mut().enumerate() {
         let width = widths[i % d % 4];
