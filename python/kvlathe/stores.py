@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from ._native import NativeLayer
 from .compressors import NATIVE_DTYPES, check_fits, granularity, native_codec
 from .errors import NonFiniteError
+from .openmp import share_torch_threads
 from .torch_codec import MAX_MAGNITUDE
+
+share_torch_threads()
 
 # Tokens that a user's compressor gets at once: one call a token would be slow.
 _RUN_LEN = 32

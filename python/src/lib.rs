@@ -5,6 +5,7 @@ mod codec;
 mod error;
 mod layer;
 mod moments;
+mod openmp;
 mod preset;
 mod tensor;
 
@@ -31,6 +32,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<moments::Moments>()?;
     module.add_class::<preset::Preset>()?;
     module.add_function(wrap_pyfunction!(preset::fingerprint, module)?)?;
+    module.add_function(wrap_pyfunction!(openmp::adopt_openmp, module)?)?;
     module.add_function(wrap_pyfunction!(version, module)?)?;
     module.add_function(wrap_pyfunction!(instruction_sets, module)?)?;
     Ok(())

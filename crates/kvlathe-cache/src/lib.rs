@@ -39,5 +39,5 @@ pub use attention::AttentionOptions;
 pub use error::{CacheError, Result};
 pub use layer::{LayerCache, MemoryUse, Policy};
 pub use side::Coding;
-pub use threads::with_threads;
+pub use threads::{Team, adopt_team, with_threads};
 pub use view::TensorView;

@@ -1,17 +1,90 @@
-//! The library's own threads. Never rayon's global pool, which belongs to the application.
+//! Who does the work: the team of threads that the application's tensor library has, where it lends one, else threads
+//! of our own. Never rayon's global pool, which belongs to the application.
+//!
+//! An OpenMP runtime's threads spin for a while after each parallel region. Beside them, threads of our own would get
+//! a part of a core; as tasks of the same team ours start at once and have the cores for themselves.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-/// The pool, with the process it belongs to: threads do not survive a fork.
-struct Owned {
-    process: u32,
-    n_threads: usize,
-    pool: Arc<ThreadPool>,
+/// Threads that somebody else owns.
+pub trait Team: Send + Sync {
+    /// Calls `work` on at most `n_threads` threads, the caller's among them, and returns when all calls have.
+    ///
+    /// `work` never unwinds.
+    fn run(&self, n_threads: usize, work: &(dyn Fn() + Sync));
 }
 
-static POOL: Mutex<Option<Owned>> = Mutex::new(None);
+/// Something that does not survive a fork, with the process that it belongs to.
+struct Owned<T> {
+    process: u32,
+    it: T,
+}
+
+static TEAM: Mutex<Option<Owned<Arc<dyn Team>>>> = Mutex::new(None);
+static POOL: Mutex<Option<Owned<(usize, Arc<ThreadPool>)>>> = Mutex::new(None);
+
+/// Lets [`for_each_task`] run on somebody else's threads.
+///
+/// After a fork the child goes back to threads of its own: the team's exist only in the parent.
+pub fn adopt_team(team: Arc<dyn Team>) {
+    let mut slot = TEAM.lock().unwrap_or_else(PoisonError::into_inner);
+    *slot = Some(Owned { process: std::process::id(), it: team });
+}
+
+fn team() -> Option<Arc<dyn Team>> {
+    let slot = TEAM.lock().unwrap_or_else(PoisonError::into_inner);
+    slot.as_ref().filter(|owned| owned.process == std::process::id()).map(|owned| Arc::clone(&owned.it))
+}
+
+/// Tasks that threads take one after another until none is left.
+struct Queue<'a> {
+    next: AtomicUsize,
+    n_tasks: usize,
+    work: &'a (dyn Fn(usize) + Sync),
+    panicked: AtomicBool,
+}
+
+impl Queue<'_> {
+    /// A panic must not unwind into somebody else's thread; it ends the queue and is raised again by the caller.
+    fn take_all(&self) {
+        let all = || {
+            loop {
+                let task = self.next.fetch_add(1, Ordering::Relaxed);
+                if task >= self.n_tasks {
+                    break;
+                }
+                (self.work)(task);
+            }
+        };
+        if catch_unwind(AssertUnwindSafe(all)).is_err() {
+            self.panicked.store(true, Ordering::Relaxed);
+            self.next.store(self.n_tasks, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Runs `work(0)` to `work(n_tasks − 1)` on at most `n_threads` threads, in any order; inline when that is one.
+///
+/// # Panics
+/// When a task has panicked.
+pub fn for_each_task(n_threads: usize, n_tasks: usize, work: &(dyn Fn(usize) + Sync)) {
+    if n_threads <= 1 || n_tasks <= 1 {
+        (0..n_tasks).for_each(work);
+        return;
+    }
+    let queue = Queue { next: AtomicUsize::new(0), n_tasks, work, panicked: AtomicBool::new(false) };
+    match team() {
+        Some(team) => team.run(n_threads, &|| queue.take_all()),
+        None => with_threads(n_threads, || {
+            rayon::broadcast(|_| queue.take_all());
+        }),
+    }
+    assert!(!queue.panicked.load(Ordering::Relaxed), "a task of an attention call has panicked");
+}
 
 /// Runs `work` on at most `n_threads` threads of the library's pool; inline when that is one.
 ///
@@ -30,11 +103,11 @@ fn pool(n_threads: usize) -> Option<Arc<ThreadPool>> {
     }
     let process = std::process::id();
     let mut slot = POOL.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(owned) = slot.as_ref()
-        && owned.process == process
-        && owned.n_threads == n_threads
+    if let Some(Owned { process: owner, it: (size, pool) }) = slot.as_ref()
+        && *owner == process
+        && *size == n_threads
     {
-        return Some(Arc::clone(&owned.pool));
+        return Some(Arc::clone(pool));
     }
     let pool = ThreadPoolBuilder::new()
         .num_threads(n_threads)
@@ -42,22 +115,64 @@ fn pool(n_threads: usize) -> Option<Arc<ThreadPool>> {
         .build()
         .map(Arc::new)
         .ok()?;
-    if let Some(old) = slot.replace(Owned { process, n_threads, pool: Arc::clone(&pool) })
+    if let Some(old) = slot.replace(Owned { process, it: (n_threads, Arc::clone(&pool)) })
         && old.process != process
     {
         // Its threads exist only in the parent; joining them here would wait for ever.
-        std::mem::forget(old.pool);
+        std::mem::forget(old.it);
     }
     Some(pool)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::with_threads;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::{Team, adopt_team, for_each_task, with_threads};
 
     #[test]
     fn the_pool_has_the_size_asked_for() {
         assert_eq!(with_threads(2, rayon::current_num_threads), 2);
         assert_eq!(with_threads(3, rayon::current_num_threads), 3);
+    }
+
+    fn every_task_runs_once() {
+        for n_threads in [1, 2, 5] {
+            let runs: Vec<AtomicUsize> = (0..100).map(|_| AtomicUsize::new(0)).collect();
+            for_each_task(n_threads, runs.len(), &|task| {
+                runs[task].fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(runs.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+        }
+    }
+
+    fn a_panic_comes_back_to_the_caller() {
+        for n_threads in [1, 3] {
+            let result = std::panic::catch_unwind(|| for_each_task(n_threads, 9, &|task| assert!(task != 4)));
+            assert!(result.is_err());
+        }
+    }
+
+    /// Counts its calls, and uses scoped threads.
+    struct Lent(AtomicUsize);
+
+    impl Team for Lent {
+        fn run(&self, n_threads: usize, work: &(dyn Fn() + Sync)) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            std::thread::scope(|scope| (0..n_threads).for_each(|_| drop(scope.spawn(work))));
+        }
+    }
+
+    // One test: the team is the process's.
+    #[test]
+    fn tasks_run_on_own_threads_and_on_a_lent_team() {
+        every_task_runs_once();
+        a_panic_comes_back_to_the_caller();
+        let lent = Arc::new(Lent(AtomicUsize::new(0)));
+        adopt_team(lent.clone());
+        every_task_runs_once();
+        a_panic_comes_back_to_the_caller();
+        assert_eq!(lent.0.load(Ordering::Relaxed), 3);
     }
 }

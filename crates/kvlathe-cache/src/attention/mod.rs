@@ -7,12 +7,13 @@ mod head;
 mod partial;
 mod visibility;
 
+use std::sync::OnceLock;
+
 use kvlathe_codec::{Element, MAX_TOKENS_AT_ONCE, StreamSet};
-use rayon::prelude::*;
 
 use crate::error::{CacheError, Result};
 use crate::layer::LayerCache;
-use crate::threads::with_threads;
+use crate::threads::for_each_task;
 use crate::view::TensorView;
 use head::Head;
 use partial::Partial;
@@ -22,8 +23,8 @@ use visibility::Visibility;
 const PARTS_PER_THREAD: usize = 4;
 /// Fewest packed tokens of a part: enough to make it worth its start.
 const MIN_PART_TOKENS: usize = 256;
-/// Multiply-adds that one thread does in the time it takes to wake another, about 20 µs.
-const WORTH_WAKING: usize = 1_000_000;
+/// Multiply-adds that one thread does in the time it takes to wake another.
+const WORTH_WAKING: usize = 500_000;
 
 /// What attention does beyond softmax(q·k)·v.
 #[derive(Debug, Clone, Copy, Default)]
@@ -73,10 +74,8 @@ impl<E: Element> LayerCache<E> {
         };
         self.check_queries(&queries, keys.head_dim(), &options, out.len(), values.head_dim())?;
         let work = batch * query_heads * n_queries * self.n_tokens() * (dim + values.head_dim());
-        if work < WORTH_WAKING {
-            return self.attend_on(1, &queries, options, out, (keys, values));
-        }
-        with_threads(n_threads, || self.attend_on(n_threads, &queries, options, out, (keys, values)))
+        let n_threads = if work < WORTH_WAKING { 1 } else { n_threads.max(1) };
+        self.attend_on(n_threads, &queries, options, out, (keys, values))
     }
 
     /// The parts of one head's tokens, when `n_heads` heads are shared out to `n_threads` threads.
@@ -123,25 +122,24 @@ impl<E: Element> LayerCache<E> {
             })
             .collect();
         let parts = self.parts(keys.block_len(), heads.len(), n_threads);
-        let run = |task: usize| -> Result<Partial> {
+        let partials: Vec<OnceLock<Result<Partial>>> =
+            (0..heads.len() * parts.len()).map(|_| OnceLock::new()).collect();
+        for_each_task(n_threads, partials.len(), &|task| {
             let head = &heads[task / parts.len()];
-            match &parts[task % parts.len()] {
+            let partial = match &parts[task % parts.len()] {
                 Part::Exact => Ok(head.exact()),
                 Part::Blocks(range) => head.blocks(range.clone()),
-            }
-        };
-        let n_tasks = heads.len() * parts.len();
-        let partials: Vec<Partial> = if n_threads == 1 {
-            (0..n_tasks).map(run).collect::<Result<_>>()?
-        } else {
-            (0..n_tasks).into_par_iter().with_max_len(1).map(run).collect::<Result<_>>()?
-        };
+            };
+            partials[task].get_or_init(|| partial);
+        });
 
-        let mut partials = partials.into_iter();
+        let mut partials = partials.into_iter().map(|slot| slot.into_inner().expect("every task has run"));
         for (at, head) in heads.iter().enumerate() {
             let (row, kv_head) = (at / n_heads, at % n_heads);
-            let mut total = partials.next().expect("one for each part of each head");
-            partials.by_ref().take(parts.len() - 1).for_each(|partial| total.merge(&partial));
+            let mut total = partials.next().expect("one for each part of each head")?;
+            for partial in partials.by_ref().take(parts.len() - 1) {
+                total.merge(&partial?);
+            }
             if let Some(scores) = options.sink_scores {
                 for i in 0..group * n_queries {
                     total.add_sink(i, scores[kv_head * group + i / n_queries]);
