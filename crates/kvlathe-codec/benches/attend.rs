@@ -71,7 +71,7 @@ fn score(bencher: divan::Bencher<'_, '_>, (isa, n_queries): (&str, usize)) {
     let mut scores = vec![0.0; n_queries * N_BLOCKS * BLOCK_LEN];
     let (walk, mut scratch) = (rope.walk_back(1000, BLOCK_LEN as i64), Scratch::default());
     bencher.counter(ItemsCount::new(N_BLOCKS * BLOCK_LEN)).bench_local(|| {
-        tables.score_blocks(isa, &blocks, Some(walk.clone()), &queries, &mut scores, &mut scratch)
+        tables.score_blocks(isa, &blocks, Some(walk.clone()), &queries, &[], &mut scores, &mut scratch)
     });
 }
 

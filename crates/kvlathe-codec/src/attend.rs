@@ -67,16 +67,19 @@ impl CoefficientSums {
 impl StreamTables {
     /// `scores[q, t]` = q·x̂ₜ over consecutive packed blocks; `walk` begins at the first one's R(−c).
     ///
-    /// `scores` is `[n_queries, blocks · block_len]`.
+    /// `scores` is `[n_queries, blocks · block_len]`. `upcoming` is what will be read next (the packed values, say): it is
+    /// fetched into the cache meanwhile.
     ///
     /// # Errors
     /// Buffers of another length than the shapes ask for, a head_dim that is not even.
+    #[expect(clippy::too_many_arguments, reason = "what one call of attention needs")]
     pub fn score_blocks(
         &self,
         isa: Isa,
         blocks: &[&[u8]],
         walk: Option<RotationWalk>,
         queries: &Queries,
+        upcoming: &[&[u8]],
         scores: &mut [f32],
         scratch: &mut Scratch,
     ) -> Result<()> {
@@ -85,7 +88,7 @@ impl StreamTables {
         check_len("the scores", scores.len(), n * blocks.len() * self.block_len)?;
         self.check_blocks(blocks)?;
         scratch.fit_scores(self, n);
-        kernels::score(isa, self, blocks, walk, queries, scores, scratch);
+        kernels::score(isa, self, blocks, walk, queries, upcoming, scores, scratch);
         Ok(())
     }
 

@@ -51,6 +51,8 @@ pub struct StreamTables {
     pub(crate) block_len: usize,
     /// Stored coefficients: widths fall, then columns rise.
     pub(crate) coded: Vec<Coded>,
+    /// How many coefficients have eight, four and two bits; they are stored in that order.
+    pub(crate) rows_of_width: [usize; 3],
     /// `[n_coded, head_dim]`: rows of V⁻¹, divided by the step.
     pub(crate) analysis: Vec<f32>,
     /// `[head_dim, n_coded]`: columns of V, times the step.
@@ -93,6 +95,8 @@ impl StreamTables {
             coded_mean: vec![0.0; n_coded * block_len],
             shape_mean,
             step_cost: coded.iter().map(|c| basis.importance[c.column] * c.width.step().powi(2)).collect(),
+            rows_of_width: [Width::W8, Width::W4, Width::W2]
+                .map(|width| coded.iter().filter(|c| c.width == width).count()),
             coded,
             pairing: rope.map(|rope| (rope.pairing(), rope.rotary_dim())),
             query_tables: OnceLock::new(),

@@ -102,7 +102,9 @@ fn scores_are_those_of_the_decoded_keys() {
                 queries.set(&tables, &wide);
                 let mut scores = vec![0.0; n_queries * N_BLOCKS * n];
                 let walk = rope.walk_back(first + n as i64 / 2, n as i64);
-                tables.score_blocks(isa, &packed, Some(walk), &queries, &mut scores, &mut scratch).unwrap();
+                tables
+                    .score_blocks(isa, &packed, Some(walk), &queries, &[], &mut scores, &mut scratch)
+                    .unwrap();
                 for (q, query) in wide.chunks_exact(d).enumerate() {
                     for (t, token) in decoded.chunks_exact(d).enumerate() {
                         let expected =

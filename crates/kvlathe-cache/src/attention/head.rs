@@ -75,20 +75,20 @@ impl<E: Element> Head<'_, E> {
         scores.resize(n * n_tokens, 0.0);
         rescale.resize(n, 1.0);
 
-        let head_range = self.keys.head_range(self.head);
-        let blocks: Vec<&[u8]> = range.clone().map(|at| &self.key.block(at)[head_range.clone()]).collect();
+        let [key_blocks, value_blocks] =
+            [(self.key, self.keys), (self.value, self.values)].map(|(row, set)| {
+                let head_range = set.head_range(self.head);
+                range.clone().map(|at| &row.block(at)[head_range.clone()]).collect::<Vec<&[u8]>>()
+            });
         let walk =
             self.keys.rope().map(|rope| rope.walk_back((first + block_len / 2) as i64, block_len as i64));
         queries.set(keys, self.queries);
-        keys.score_blocks(isa, &blocks, walk, queries, scores, scratch)?;
+        keys.score_blocks(isa, &key_blocks, walk, queries, &value_blocks, scores, scratch)?;
 
         self.cap(scores);
         self.visibility.hide(scores, n_tokens, first);
         weigh(isa, scores, n_tokens, &mut partial.max, &mut partial.sum, rescale);
-
-        let head_range = self.values.head_range(self.head);
-        let blocks: Vec<&[u8]> = range.map(|at| &self.value.block(at)[head_range.clone()]).collect();
-        values.accumulate_blocks(isa, &blocks, scores, &mut partial.coefficients, scratch)?;
+        values.accumulate_blocks(isa, &value_blocks, scores, &mut partial.coefficients, scratch)?;
         Ok(partial)
     }
 

@@ -1,6 +1,8 @@
 //! Packed rows to levels in 16-bit integers, and side words to numbers.
 //!
-//! A level is doubled, 2·code + 1 − 2^width, so that it is a whole number.
+//! A level is doubled, 2·code + 1 − 2^width, so that it is a whole number. Rows of one width follow one another, so
+//! width and length are settled once for a run of rows and the loops inside are straight vector code. Loops go by
+//! index: iterator adapters are not compiled for the caller's instruction set.
 
 use crate::basis::StreamTables;
 use crate::block::row_bytes;
@@ -10,119 +12,159 @@ use crate::width::Width;
 /// Longest row of codes.
 const MAX_BLOCK_LEN: usize = 256;
 
-/// Doubled levels of `bytes` (rows of codes, one or several interleaved), plane after plane, `BYTES` codes each.
+/// Calls a function for the block length: its parameters are the bytes of a row of width 2, 4 and 8, and of two of 8.
+macro_rules! for_block_len {
+    ($block_len:expr, $function:ident, $args:tt) => {
+        match $block_len {
+            8 => for_block_len!(@call $function, (2, 4, 8, 16), $args),
+            16 => for_block_len!(@call $function, (4, 8, 16, 32), $args),
+            32 => for_block_len!(@call $function, (8, 16, 32, 64), $args),
+            64 => for_block_len!(@call $function, (16, 32, 64, 128), $args),
+            128 => for_block_len!(@call $function, (32, 64, 128, 256), $args),
+            _ => for_block_len!(@call $function, (64, 128, 256, 512), $args),
+        }
+    };
+    (@call $function:ident, ($b2:literal, $b4:literal, $b8:literal, $b16:literal), ($($arg:expr),*)) => {
+        $function::<$b2, $b4, $b8, $b16>($($arg),*)
+    };
+}
+
+/// Doubled levels of codes of width 2: each byte holds four, `BYTES` apart.
 #[inline(always)]
-fn planes<const BYTES: usize>(width: Width, bytes: &[u8; BYTES], levels: &mut [i16]) {
+fn levels_of_2<const BYTES: usize>(bytes: &[u8; BYTES], levels: &mut [i16]) {
+    let (c0, rest) = levels.split_at_mut(BYTES);
+    let (c1, rest) = rest.split_at_mut(BYTES);
+    let (c2, c3) = rest.split_at_mut(BYTES);
+    for j in 0..BYTES {
+        c0[j] = i16::from(bytes[j] & 3) * 2 - 3;
+        c1[j] = i16::from((bytes[j] >> 2) & 3) * 2 - 3;
+        c2[j] = i16::from((bytes[j] >> 4) & 3) * 2 - 3;
+        c3[j] = i16::from(bytes[j] >> 6) * 2 - 3;
+    }
+}
+
+/// Doubled levels of codes of width 4: each byte holds two, `BYTES` apart.
+#[inline(always)]
+fn levels_of_4<const BYTES: usize>(bytes: &[u8; BYTES], levels: &mut [i16]) {
+    let (c0, c1) = levels.split_at_mut(BYTES);
+    for j in 0..BYTES {
+        c0[j] = i16::from(bytes[j] & 15) * 2 - 15;
+        c1[j] = i16::from(bytes[j] >> 4) * 2 - 15;
+    }
+}
+
+/// Doubled levels of codes of width 8.
+#[inline(always)]
+fn levels_of_8<const BYTES: usize>(bytes: &[u8; BYTES], levels: &mut [i16]) {
+    for j in 0..BYTES {
+        levels[j] = i16::from(bytes[j]) * 2 - 255;
+    }
+}
+
+/// The first `N` bytes.
+#[inline(always)]
+fn head<const N: usize>(bytes: &[u8]) -> &[u8; N] {
+    bytes[..N].try_into().expect("N bytes")
+}
+
+/// One row of any width.
+#[inline(always)]
+fn row_levels<const B2: usize, const B4: usize, const B8: usize, const B16: usize>(
+    width: Width,
+    row: &[u8],
+    levels: &mut [i16],
+) {
+    let levels = &mut levels[..B8];
     match width {
         Width::W0 => {}
-        Width::W2 => {
-            plane::<BYTES>(bytes, 0, 3, -3, levels, 0);
-            plane::<BYTES>(bytes, 2, 3, -3, levels, 1);
-            plane::<BYTES>(bytes, 4, 3, -3, levels, 2);
-            plane::<BYTES>(bytes, 6, 3, -3, levels, 3);
-        }
-        Width::W4 => {
-            plane::<BYTES>(bytes, 0, 15, -15, levels, 0);
-            plane::<BYTES>(bytes, 4, 15, -15, levels, 1);
-        }
-        Width::W8 => plane::<BYTES>(bytes, 0, 255, -255, levels, 0),
+        Width::W2 => levels_of_2::<B2>(head(row), levels),
+        Width::W4 => levels_of_4::<B4>(head(row), levels),
+        Width::W8 => levels_of_8::<B8>(head(row), levels),
     }
-}
-
-/// Run `k` of the levels: codes that lie `shift` bits up in each byte, doubled and offset.
-#[inline(always)]
-fn plane<const BYTES: usize>(
-    bytes: &[u8; BYTES],
-    shift: u32,
-    mask: u8,
-    offset: i16,
-    levels: &mut [i16],
-    k: usize,
-) {
-    let run: &mut [i16; BYTES] = (&mut levels[k * BYTES..(k + 1) * BYTES]).try_into().expect("BYTES long");
-    for j in 0..BYTES {
-        run[j] = i16::from((bytes[j] >> shift) & mask) * 2 + offset;
-    }
-}
-
-/// One row to `[block_len]` levels.
-#[inline(always)]
-fn row_levels(width: Width, row: &[u8], levels: &mut [i16]) {
-    // Rows of known length become straight vector code.
-    macro_rules! by_length {
-        ($($length:literal),*) => {
-            match row.len() {
-                $($length => planes::<$length>(width, row.try_into().expect("matched"), levels),)*
-                _ => unreachable!("row lengths are block_len·width/8"),
-            }
-        };
-    }
-    by_length!(2, 4, 8, 16, 32, 64, 128, 256);
-}
-
-/// Two rows of equal width, interleaved, to `[block_len, 2]` levels.
-#[inline(always)]
-fn pair_levels(width: Width, even: &[u8], odd: &[u8], levels: &mut [i16]) {
-    macro_rules! by_length {
-        ($($length:literal),*) => {
-            match even.len() {
-                $($length => {
-                    let (even, odd): (&[u8; $length], &[u8; $length]) =
-                        (even.try_into().expect("matched"), odd.try_into().expect("as long"));
-                    let mut mixed = [0u8; 2 * $length];
-                    interleave_bytes(even, odd, &mut mixed);
-                    planes::<{ 2 * $length }>(width, &mixed, levels);
-                })*
-                _ => unreachable!("row lengths are block_len·width/8"),
-            }
-        };
-    }
-    by_length!(2, 4, 8, 16, 32, 64, 128, 256);
 }
 
 /// All coefficients of a block to levels `[n_padded/2, block_len, 2]`, for products over coefficients; coefficients
 /// beyond the coded ones are zero.
 #[inline(always)]
-pub(super) fn unpack_pairs(tables: &StreamTables, mut rows: &[u8], levels: &mut [i16]) {
-    // Indices instead of iterators here and below: adapters are not compiled for the caller's instruction set.
-    let (n, n_coded) = (tables.block_len, tables.n_coded());
-    for i in (0..n_coded).step_by(2) {
-        let levels = &mut levels[i * n..(i + 2) * n];
-        let width = tables.coded[i].width;
-        let (even, rest) = rows.split_at(row_bytes(width, n));
-        if i + 1 == n_coded {
-            let mut row = [0i16; MAX_BLOCK_LEN];
-            row_levels(width, even, &mut row[..n]);
-            interleave(&row[..n], &[0; MAX_BLOCK_LEN][..n], levels);
-            break;
-        }
-        let next = tables.coded[i + 1].width;
-        let (odd, rest) = rest.split_at(row_bytes(next, n));
-        rows = rest;
-        if width == next {
-            pair_levels(width, even, odd, levels);
-        } else {
-            let (mut a, mut b) = ([0i16; MAX_BLOCK_LEN], [0i16; MAX_BLOCK_LEN]);
-            row_levels(width, even, &mut a[..n]);
-            row_levels(next, odd, &mut b[..n]);
-            interleave(&a[..n], &b[..n], levels);
-        }
-    }
-    levels[n_coded.next_multiple_of(2) * n..].fill(0);
+pub(super) fn unpack_pairs(tables: &StreamTables, rows: &[u8], levels: &mut [i16]) {
+    for_block_len!(tables.block_len, unpack_pairs_of, (tables, rows, levels));
+    levels[tables.n_coded().next_multiple_of(2) * tables.block_len..].fill(0);
 }
 
-/// `mixed` = even[0], odd[0], even[1], odd[1] …
 #[inline(always)]
-fn interleave_bytes(even: &[u8], odd: &[u8], mixed: &mut [u8]) {
-    let n = even.len();
-    assert!(odd.len() == n && mixed.len() == 2 * n);
+fn unpack_pairs_of<const B2: usize, const B4: usize, const B8: usize, const B16: usize>(
+    tables: &StreamTables,
+    rows: &[u8],
+    levels: &mut [i16],
+) {
+    let [n8, n4, n2] = tables.rows_of_width;
+    let (end8, end4, end2) = (n8, n8 + n4, n8 + n4 + n2);
+    let (mut i, mut at) = (0, 0);
+    // Pairs of equal width are interleaved as bytes; then they are rows of twice the length.
+    while i + 2 <= end8 {
+        let mixed: [u8; B16] = interleaved::<B8, B16>(&rows[at..]);
+        levels_of_8::<B16>(&mixed, &mut levels[i * B8..(i + 2) * B8]);
+        (i, at) = (i + 2, at + 2 * B8);
+    }
+    if i < end8 {
+        unlike_pair::<B2, B4, B8, B16>(tables, i, &rows[at..], levels);
+        at += B8 + tables.coded.get(i + 1).map_or(0, |next| row_bytes(next.width, B8));
+        i += 2;
+    }
+    while i + 2 <= end4 {
+        let mixed: [u8; B8] = interleaved::<B4, B8>(&rows[at..]);
+        levels_of_4::<B8>(&mixed, &mut levels[i * B8..(i + 2) * B8]);
+        (i, at) = (i + 2, at + 2 * B4);
+    }
+    if i < end4 {
+        unlike_pair::<B2, B4, B8, B16>(tables, i, &rows[at..], levels);
+        at += B4 + tables.coded.get(i + 1).map_or(0, |next| row_bytes(next.width, B8));
+        i += 2;
+    }
+    while i + 2 <= end2 {
+        let mixed: [u8; B4] = interleaved::<B2, B4>(&rows[at..]);
+        levels_of_2::<B4>(&mixed, &mut levels[i * B8..(i + 2) * B8]);
+        (i, at) = (i + 2, at + 2 * B2);
+    }
+    if i < end2 {
+        unlike_pair::<B2, B4, B8, B16>(tables, i, &rows[at..], levels);
+    }
+}
+
+/// Coefficient `i` and the next, of another width or missing.
+#[inline(always)]
+fn unlike_pair<const B2: usize, const B4: usize, const B8: usize, const B16: usize>(
+    tables: &StreamTables,
+    i: usize,
+    rows: &[u8],
+    levels: &mut [i16],
+) {
+    let (mut even, mut odd) = ([0i16; MAX_BLOCK_LEN], [0i16; MAX_BLOCK_LEN]);
+    let width = tables.coded[i].width;
+    row_levels::<B2, B4, B8, B16>(width, rows, &mut even);
+    if i + 1 < tables.n_coded() {
+        row_levels::<B2, B4, B8, B16>(tables.coded[i + 1].width, &rows[row_bytes(width, B8)..], &mut odd);
+    }
+    let levels = &mut levels[i * B8..(i + 2) * B8];
+    for t in 0..B8 {
+        levels[2 * t] = even[t];
+        levels[2 * t + 1] = odd[t];
+    }
+}
+
+/// Two rows of `BYTES` bytes, one after the other, as even[0], odd[0], even[1], odd[1] …
+#[inline(always)]
+fn interleaved<const BYTES: usize, const TWICE: usize>(rows: &[u8]) -> [u8; TWICE] {
+    let (even, odd) = (head::<BYTES>(rows), head::<BYTES>(&rows[BYTES..]));
+    let mut mixed = [0u8; TWICE];
+    assert!(TWICE == 2 * BYTES);
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::*;
         // The compiler makes single inserts of short rows; SSE2, which every x86-64 has, does it in one instruction.
-        if n.is_multiple_of(16) {
-            for j in (0..n).step_by(16) {
-                // SAFETY: j + 16 ≤ n; 2j + 32 ≤ 2n; the lengths are asserted above.
+        if BYTES.is_multiple_of(16) {
+            for j in (0..BYTES).step_by(16) {
+                // SAFETY: j + 16 ≤ BYTES, 2j + 32 ≤ TWICE = 2·BYTES.
                 unsafe {
                     let (a, b) = (
                         _mm_loadu_si128(even.as_ptr().add(j).cast()),
@@ -132,29 +174,22 @@ fn interleave_bytes(even: &[u8], odd: &[u8], mixed: &mut [u8]) {
                     _mm_storeu_si128(mixed.as_mut_ptr().add(2 * j + 16).cast(), _mm_unpackhi_epi8(a, b));
                 }
             }
-            return;
+            return mixed;
         }
-        if n == 8 {
-            // SAFETY: eight bytes are read from each and sixteen written; the lengths are asserted above.
+        if BYTES == 8 {
+            // SAFETY: eight bytes are read from each row and TWICE = 16 written.
             unsafe {
                 let (a, b) = (_mm_loadl_epi64(even.as_ptr().cast()), _mm_loadl_epi64(odd.as_ptr().cast()));
                 _mm_storeu_si128(mixed.as_mut_ptr().cast(), _mm_unpacklo_epi8(a, b));
             }
-            return;
+            return mixed;
         }
     }
-    for j in 0..n {
+    for j in 0..BYTES {
         mixed[2 * j] = even[j];
         mixed[2 * j + 1] = odd[j];
     }
-}
-
-#[inline(always)]
-fn interleave(even: &[i16], odd: &[i16], levels: &mut [i16]) {
-    for t in 0..even.len() {
-        levels[2 * t] = even[t];
-        levels[2 * t + 1] = odd[t];
-    }
+    mixed
 }
 
 /// One coefficient of several blocks to levels of consecutive tokens; `at` is where its row begins in each block.
@@ -166,9 +201,29 @@ pub(super) fn unpack_row_of_blocks(
     at: usize,
     levels: &mut [i16],
 ) {
-    let bytes = row_bytes(width, block_len);
-    for b in 0..blocks.len() {
-        row_levels(width, &blocks[b][at..at + bytes], &mut levels[b * block_len..(b + 1) * block_len]);
+    for_block_len!(block_len, unpack_row_of, (width, blocks, at, levels));
+}
+
+#[inline(always)]
+fn unpack_row_of<const B2: usize, const B4: usize, const B8: usize, const B16: usize>(
+    width: Width,
+    blocks: &[&[u8]],
+    at: usize,
+    levels: &mut [i16],
+) {
+    // The width is settled outside of the loop.
+    macro_rules! each_block {
+        ($width:expr) => {
+            for b in 0..blocks.len() {
+                row_levels::<B2, B4, B8, B16>($width, &blocks[b][at..], &mut levels[b * B8..(b + 1) * B8]);
+            }
+        };
+    }
+    match width {
+        Width::W0 => {}
+        Width::W2 => each_block!(Width::W2),
+        Width::W4 => each_block!(Width::W4),
+        Width::W8 => each_block!(Width::W8),
     }
 }
 

@@ -154,6 +154,7 @@ for_each_isa!(
         blocks: &[&[u8]],
         walk: Option<RotationWalk>,
         queries: &Queries,
+        upcoming: &[&[u8]],
         scores: &mut [f32],
         scratch: &mut Scratch
     )

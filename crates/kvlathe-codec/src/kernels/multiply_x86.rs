@@ -27,7 +27,7 @@ macro_rules! for_row_tiles {
 macro_rules! tiled_multiply {
     ($marker:ident, $doc:literal, $features:literal, $lanes:literal, $float:ty, $int:ty,
      $zero:ident, $load:ident, $store:ident, $splat:ident, $fma:ident, $total:ident,
-     $int_zero:ident, $int_load:ident, $int_store:ident, $int_splat:ident, $pair_sum:ident,
+     $int_zero:ident, $int_load:ident, $int_store:ident, $int_splat:ident, $pair_sum:ident, $int_total:ident,
      $tallest:literal, $rows:tt, $dot_tallest:literal, $dot_rows:tt) => {
         #[doc = $doc]
         pub(super) struct $marker;
@@ -183,13 +183,7 @@ macro_rules! tiled_multiply {
                 }
                 for r in 0..ROWS {
                     for c in 0..COLUMNS {
-                        let mut lanes = [0i32; $lanes];
-                        // SAFETY: `lanes` holds exactly one vector.
-                        unsafe { $int_store(lanes.as_mut_ptr().cast(), sums[r][c]) };
-                        let mut total = 0i32;
-                        for lane in lanes {
-                            total = total.wrapping_add(lane);
-                        }
+                        let total = $int_total(sums[r][c]);
                         out[(row + r) * n + column + c] = total;
                     }
                 }
@@ -356,6 +350,15 @@ fn total_256(lanes: __m256) -> f32 {
     _mm_cvtss_f32(_mm_add_ss(pairs, _mm_shuffle_ps::<1>(pairs, pairs)))
 }
 
+/// As [`total_256`], for integers.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn int_total_256(lanes: __m256i) -> i32 {
+    let halves = _mm_add_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256::<1>(lanes));
+    let pairs = _mm_add_epi32(halves, _mm_unpackhi_epi64(halves, halves));
+    _mm_cvtsi128_si32(_mm_add_epi32(pairs, _mm_shuffle_epi32::<1>(pairs)))
+}
+
 /// sum + the sums of products of neighbouring 16-bit integers.
 #[target_feature(enable = "avx2")]
 #[inline]
@@ -388,6 +391,7 @@ tiled_multiply!(
     _mm256_storeu_si256,
     _mm256_set1_epi32,
     pair_sum_256,
+    int_total_256,
     6,
     [5, 4, 3, 2, 1],
     2,
@@ -411,6 +415,7 @@ tiled_multiply!(
     _mm512_storeu_si512,
     _mm512_set1_epi32,
     pair_sum_512,
+    _mm512_reduce_add_epi32,
     8,
     [7, 6, 5, 4, 3, 2, 1],
     4,
@@ -434,6 +439,7 @@ tiled_multiply!(
     _mm512_storeu_si512,
     _mm512_set1_epi32,
     _mm512_dpwssd_epi32,
+    _mm512_reduce_add_epi32,
     8,
     [7, 6, 5, 4, 3, 2, 1],
     4,

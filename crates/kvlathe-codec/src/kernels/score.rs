@@ -8,6 +8,11 @@ use crate::block::SIDE_BYTES_PER_TOKEN;
 use crate::query::Queries;
 use crate::rope::{Rotation, RotationWalk};
 
+/// Blocks from a prefetch to the use of it.
+const PREFETCH_AHEAD: usize = 2;
+#[cfg(target_arch = "x86_64")]
+const CACHE_LINE_BYTES: usize = 64;
+
 /// As [`StreamTables::score_blocks`].
 #[inline(always)]
 pub(super) fn score<M: Multiply>(
@@ -15,6 +20,7 @@ pub(super) fn score<M: Multiply>(
     blocks: &[&[u8]],
     mut walk: Option<RotationWalk>,
     queries: &Queries,
+    upcoming: &[&[u8]],
     scores: &mut [f32],
     scratch: &mut Scratch,
 ) {
@@ -36,6 +42,12 @@ pub(super) fn score<M: Multiply>(
     let dots = &mut products[..queries.len() * n.max(n_padded)];
     for b in 0..blocks.len() {
         let packed = blocks[b];
+        if b + PREFETCH_AHEAD < blocks.len() {
+            prefetch(blocks[b + PREFETCH_AHEAD]);
+        }
+        if b < upcoming.len() {
+            prefetch(upcoming[b]);
+        }
         match &walk {
             Some(walk) => turn(walk.rotation(), &queries.scaled, turned, d),
             None => turned.copy_from_slice(&queries.scaled),
@@ -77,6 +89,19 @@ pub(super) fn score<M: Multiply>(
             walk.advance();
         }
     }
+}
+
+/// Asks for bytes that will be read soon. Blocks lie anywhere in memory: without it each would cost a wait.
+#[inline(always)]
+fn prefetch(bytes: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    for at in (0..bytes.len()).step_by(CACHE_LINE_BYTES) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: the address lies within `bytes`; prefetching has no effect but on caches.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().add(at).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = bytes;
 }
 
 /// Rounds values below 2¹⁵ in magnitude to the nearest integers.
