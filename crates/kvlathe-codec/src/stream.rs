@@ -62,6 +62,38 @@ impl StreamTables {
         Ok(())
     }
 
+    /// Decodes one block into the columns of a component-major matrix: component j of token t goes to
+    /// `out[j * stride + t]`.
+    ///
+    /// `turn_forward` is R(c) where the block was encoded with R(−c).
+    ///
+    /// # Errors
+    /// Buffers of another length than the shapes ask for.
+    pub fn decode_columns(
+        &self,
+        isa: Isa,
+        packed: &[u8],
+        turn_forward: Option<&Rotation>,
+        (out, stride): (&mut [f32], usize),
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let (d, n) = (self.head_dim, self.block_len);
+        check_len("the packed block", packed.len(), self.block_bytes())?;
+        let expected = (d - 1) * stride + n;
+        if out.len() < expected {
+            return Err(CodecError::Length { what: "the decoded columns", given: out.len(), expected });
+        }
+        scratch.fit(self);
+        kernels::decode(isa, self, packed, scratch);
+        if let Some(rotation) = turn_forward {
+            kernels::rotate(isa, rotation, &mut scratch.x, n);
+        }
+        for (j, row) in scratch.x.chunks_exact(n).enumerate() {
+            out[j * stride..j * stride + n].copy_from_slice(row);
+        }
+        Ok(())
+    }
+
     /// Decodes one block into token-major `out`, `[block_len, head_dim]`.
     ///
     /// `turn_forward` is R(c) where the block was encoded with R(−c).

@@ -1,15 +1,15 @@
 //! One KV head's attention over a part of the tokens: packed blocks, or the exact ones.
 
-use std::cell::RefCell;
 use std::ops::Range;
 
 use kvlathe_codec::{
-    Element, Queries, Scratch, StreamSet, StreamTables, best_isa, product, row_products, weigh,
+    CoefficientSums, Element, StreamSet, StreamTables, best_isa, product, row_products, weigh,
 };
 
 use super::AttentionOptions;
 use super::partial::Partial;
 use super::visibility::Visibility;
+use super::workspace::Workspace;
 use crate::error::Result;
 use crate::side::SideRow;
 
@@ -29,49 +29,34 @@ pub(super) struct Head<'a, E> {
     pub(super) options: AttentionOptions<'a>,
 }
 
-/// Buffers that a thread keeps from task to task.
-#[derive(Default)]
-struct Workspace {
-    scratch: Scratch,
-    queries: Queries,
-    scores: Vec<f32>,
-    rescale: Vec<f32>,
-    /// Exact keys or values that are not float32 already.
-    wide: Vec<f32>,
-    added: Vec<f32>,
-}
-
-thread_local! {
-    static WORKSPACE: RefCell<Workspace> = RefCell::default();
-}
-
 impl<E: Element> Head<'_, E> {
-    fn n(&self) -> usize {
+    pub(super) fn n(&self) -> usize {
         self.queries.len() / self.keys.head_dim()
+    }
+
+    pub(super) fn key_stream(&self) -> &StreamTables {
+        &self.keys.streams()[self.head]
     }
 
     pub(super) fn value_stream(&self) -> &StreamTables {
         &self.values.streams()[self.head]
     }
 
-    fn cap(&self, scores: &mut [f32]) {
+    pub(super) fn cap(&self, scores: &mut [f32]) {
         if let Some(cap) = self.options.softcap {
             scores.iter_mut().for_each(|s| *s = cap * (*s / cap).tanh());
         }
     }
 
     /// Packed blocks `range`.
-    pub(super) fn blocks(&self, range: Range<usize>) -> Result<Partial> {
-        WORKSPACE.with_borrow_mut(|workspace| self.blocks_in(range, workspace))
-    }
-
-    fn blocks_in(&self, range: Range<usize>, workspace: &mut Workspace) -> Result<Partial> {
+    pub(super) fn blocks(&self, range: Range<usize>, workspace: &mut Workspace) -> Result<Partial> {
         let Workspace { scratch, queries, scores, rescale, .. } = workspace;
         let (n, block_len, isa) = (self.n(), self.keys.block_len(), best_isa());
-        let (keys, values) = (&self.keys.streams()[self.head], self.value_stream());
+        let (keys, values) = (self.key_stream(), self.value_stream());
         let n_tokens = range.len() * block_len;
         let first = self.key.n_sinks_held() + range.start * block_len;
-        let mut partial = Partial::new(values, n);
+        let mut partial = Partial::new(values.head_dim(), n);
+        let mut sums = CoefficientSums::new(values, n);
         scores.resize(n * n_tokens, 0.0);
         rescale.resize(n, 1.0);
 
@@ -86,30 +71,35 @@ impl<E: Element> Head<'_, E> {
         keys.score_blocks(isa, &key_blocks, walk, queries, &value_blocks, scores, scratch)?;
 
         self.cap(scores);
-        self.visibility.hide(scores, n_tokens, first);
+        self.visibility.hide(scores, (n_tokens, n_tokens), first, 0..n);
         weigh(isa, scores, n_tokens, &mut partial.max, &mut partial.sum, rescale);
-        values.accumulate_blocks(isa, &value_blocks, scores, &mut partial.coefficients, scratch)?;
+        values.accumulate_blocks(isa, &value_blocks, scores, &mut sums, scratch)?;
+        partial.coefficients = Some(sums);
         Ok(partial)
     }
 
+    /// Sinks and tail, each with the place of its first token.
+    pub(super) fn exact_runs(&self) -> [(&[E], &[E], usize); 2] {
+        let tail_at = self.key.n_sinks_held() + self.key.n_coded();
+        [
+            (self.key.sinks(self.head), self.value.sinks(self.head), 0),
+            (self.key.tail(self.head), self.value.tail(self.head), tail_at),
+        ]
+    }
+
     /// Sinks and tail.
-    pub(super) fn exact(&self) -> Partial {
-        WORKSPACE.with_borrow_mut(|workspace| {
-            let mut partial = Partial::new(self.value_stream(), self.n());
-            let (key_run, value_run) =
-                (TILE_TOKENS * self.keys.head_dim(), TILE_TOKENS * self.values.head_dim());
-            let tail_at = self.key.n_sinks_held() + self.key.n_coded();
-            for (keys, values, mut first) in [
-                (self.key.sinks(self.head), self.value.sinks(self.head), 0),
-                (self.key.tail(self.head), self.value.tail(self.head), tail_at),
-            ] {
-                for (keys, values) in keys.chunks(key_run).zip(values.chunks(value_run)) {
-                    self.exact_tile(keys, values, first, &mut partial, workspace);
-                    first += TILE_TOKENS;
-                }
+    pub(super) fn exact(&self, workspace: &mut Workspace) -> Partial {
+        let (key_dim, value_dim) = (self.keys.head_dim(), self.values.head_dim());
+        let mut partial = Partial::new(value_dim, self.n());
+        for (keys, values, mut first) in self.exact_runs() {
+            for (keys, values) in
+                keys.chunks(TILE_TOKENS * key_dim).zip(values.chunks(TILE_TOKENS * value_dim))
+            {
+                self.exact_tile(keys, values, first, &mut partial, workspace);
+                first += TILE_TOKENS;
             }
-            partial
-        })
+        }
+        partial
     }
 
     /// Up to [`TILE_TOKENS`] exact tokens, `[tokens, dim]`.
@@ -127,7 +117,7 @@ impl<E: Element> Head<'_, E> {
         scores.resize(n * n_tokens, 0.0);
         row_products(isa, self.queries, E::widen(keys, wide), scores, (key_dim, n_tokens));
         self.cap(scores);
-        self.visibility.hide(scores, n_tokens, first);
+        self.visibility.hide(scores, (n_tokens, n_tokens), first, 0..n);
         rescale.resize(n, 1.0);
         weigh(isa, scores, n_tokens, &mut partial.max, &mut partial.sum, rescale);
 

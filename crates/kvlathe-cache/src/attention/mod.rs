@@ -3,10 +3,13 @@
 //! Every head's tokens are cut into parts that threads work on independently; each keeps its own maximum and sum, and
 //! the results are joined at the end (as in split-k flash decoding).
 
+mod dense;
 mod head;
 mod partial;
 mod visibility;
+mod workspace;
 
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use kvlathe_codec::{Element, MAX_TOKENS_AT_ONCE, StreamSet};
@@ -18,11 +21,15 @@ use crate::view::TensorView;
 use head::Head;
 use partial::Partial;
 use visibility::Visibility;
+use workspace::with_workspace;
 
 /// Parts that each thread should have to choose from, for balance.
 const PARTS_PER_THREAD: usize = 4;
 /// Fewest packed tokens of a part: enough to make it worth its start.
 const MIN_PART_TOKENS: usize = 256;
+/// Queries of a part when there are many: enough to make decoding cheap, few enough for the second-level cache.
+const MIN_PART_QUERIES: usize = 256;
+const MAX_PART_QUERIES: usize = 2048;
 /// Multiply-adds that one thread does in the time it takes to wake another.
 const WORTH_WAKING: usize = 500_000;
 
@@ -40,10 +47,14 @@ pub struct AttentionOptions<'a> {
     pub sink_scores: Option<&'a [f32]>,
 }
 
-/// A part of one head's tokens.
+/// What one task does for one head.
 enum Part {
+    /// All queries over sinks and tail.
     Exact,
-    Blocks(std::ops::Range<usize>),
+    /// All queries over some packed blocks.
+    Blocks(Range<usize>),
+    /// Some queries over all tokens.
+    Dense(Range<usize>),
 }
 
 impl<E: Element> LayerCache<E> {
@@ -78,8 +89,15 @@ impl<E: Element> LayerCache<E> {
         self.attend_on(n_threads, &queries, options, out, (keys, values))
     }
 
-    /// The parts of one head's tokens, when `n_heads` heads are shared out to `n_threads` threads.
-    fn parts(&self, block_len: usize, n_heads: usize, n_threads: usize) -> Vec<Part> {
+    /// The parts of one head's work, `n` queries, when `n_heads` heads are shared out to `n_threads` threads.
+    fn parts(&self, block_len: usize, n: usize, n_heads: usize, n_threads: usize) -> Vec<Part> {
+        if n >= dense::MIN_QUERIES {
+            let wanted = (n * n_heads).div_ceil(PARTS_PER_THREAD * n_threads);
+            let len = wanted.clamp(MIN_PART_QUERIES, MAX_PART_QUERIES);
+            // Equal parts, none a small rest.
+            let len = n.div_ceil(n.div_ceil(len));
+            return (0..n).step_by(len).map(|first| Part::Dense(first..n.min(first + len))).collect();
+        }
         let n_blocks = self.sides(0).0.n_blocks();
         let wanted = (n_blocks * n_heads).div_ceil(PARTS_PER_THREAD * n_threads);
         let len = wanted.clamp(MIN_PART_TOKENS.div_ceil(block_len), MAX_TOKENS_AT_ONCE / block_len);
@@ -121,36 +139,45 @@ impl<E: Element> LayerCache<E> {
                 Head { key, value, keys, values, head, queries, visibility, options }
             })
             .collect();
-        let parts = self.parts(keys.block_len(), heads.len(), n_threads);
+        let parts = self.parts(keys.block_len(), group * n_queries, heads.len(), n_threads);
         let partials: Vec<OnceLock<Result<Partial>>> =
             (0..heads.len() * parts.len()).map(|_| OnceLock::new()).collect();
         for_each_task(n_threads, partials.len(), &|task| {
             let head = &heads[task / parts.len()];
-            let partial = match &parts[task % parts.len()] {
-                Part::Exact => Ok(head.exact()),
-                Part::Blocks(range) => head.blocks(range.clone()),
-            };
+            let partial = with_workspace(|workspace| match &parts[task % parts.len()] {
+                Part::Exact => Ok(head.exact(workspace)),
+                Part::Blocks(range) => head.blocks(range.clone(), workspace),
+                Part::Dense(rows) => head.dense(rows.clone(), workspace),
+            });
             partials[task].get_or_init(|| partial);
         });
 
         let mut partials = partials.into_iter().map(|slot| slot.into_inner().expect("every task has run"));
         for (at, head) in heads.iter().enumerate() {
             let (row, kv_head) = (at / n_heads, at % n_heads);
-            let mut total = partials.next().expect("one for each part of each head")?;
-            for partial in partials.by_ref().take(parts.len() - 1) {
-                total.merge(&partial?);
-            }
-            if let Some(scores) = options.sink_scores {
-                for i in 0..group * n_queries {
-                    total.add_sink(i, scores[kv_head * group + i / n_queries]);
+            let values = head.value_stream();
+            // Parts of the tokens are joined; parts of the queries follow one another.
+            let mut joined: Vec<(usize, Partial)> = Vec::new();
+            for part in &parts {
+                let partial = partials.next().expect("one for each part of each head")?;
+                match (part, joined.first_mut()) {
+                    (Part::Dense(rows), _) => joined.push((rows.start, partial)),
+                    (_, Some((_, total))) => total.merge(values, &partial),
+                    (_, None) => joined.push((0, partial)),
                 }
             }
-            let vectors = total.finish(head.value_stream())?;
-            for (i, vector) in vectors.chunks_exact(value_dim).enumerate() {
-                let (member, query) = (i / n_queries, i % n_queries);
-                let to = ((row * n_queries + query) * query_heads + kv_head * group + member) * value_dim;
-                for (o, v) in out[to..to + value_dim].iter_mut().zip(vector) {
-                    *o = E::from_f32(*v);
+            for (first, mut total) in joined {
+                if let Some(scores) = options.sink_scores {
+                    for i in 0..total.max.len() {
+                        total.add_sink(i, scores[kv_head * group + (first + i) / n_queries]);
+                    }
+                }
+                for (i, vector) in total.finish(values)?.chunks_exact(value_dim).enumerate() {
+                    let (member, query) = ((first + i) / n_queries, (first + i) % n_queries);
+                    let to = ((row * n_queries + query) * query_heads + kv_head * group + member) * value_dim;
+                    for (o, v) in out[to..to + value_dim].iter_mut().zip(vector) {
+                        *o = E::from_f32(*v);
+                    }
                 }
             }
         }

@@ -15,25 +15,27 @@ pub(super) struct Partial {
     pub(super) sum: Vec<f32>,
     /// `[n, value_dim]`: of exact tokens.
     pub(super) out: Vec<f32>,
-    /// Of packed tokens, in the coefficient domain.
-    pub(super) coefficients: CoefficientSums,
+    /// Of packed tokens, in the coefficient domain; `None` if there are none.
+    pub(super) coefficients: Option<CoefficientSums>,
 }
 
 impl Partial {
     /// Nothing yet, for `n` queries.
-    pub(super) fn new(values: &StreamTables, n: usize) -> Self {
+    pub(super) fn new(value_dim: usize, n: usize) -> Self {
         Self {
             max: vec![f32::NEG_INFINITY; n],
             sum: vec![0.0; n],
-            out: vec![0.0; n * values.head_dim()],
-            coefficients: CoefficientSums::new(values, n),
+            out: vec![0.0; n * value_dim],
+            coefficients: None,
         }
     }
 
     /// Multiplies what was summed for a query by a factor: a larger score has been found.
     pub(super) fn rescale(&mut self, query: usize, factor: f32) {
         if factor != 1.0 {
-            self.coefficients.scale(query, factor);
+            if let Some(coefficients) = &mut self.coefficients {
+                coefficients.scale(query, factor);
+            }
             self.out_of(query).iter_mut().for_each(|v| *v *= factor);
         }
     }
@@ -44,8 +46,9 @@ impl Partial {
     }
 
     /// Takes in another part of the same queries.
-    pub(super) fn merge(&mut self, other: &Self) {
-        for q in 0..self.max.len() {
+    pub(super) fn merge(&mut self, values: &StreamTables, other: &Self) {
+        let n = self.max.len();
+        for q in 0..n {
             let largest = self.max[q].max(other.max[q]);
             if largest == f32::NEG_INFINITY {
                 continue;
@@ -53,7 +56,10 @@ impl Partial {
             let (ours, theirs) = ((self.max[q] - largest).exp(), (other.max[q] - largest).exp());
             self.rescale(q, ours);
             self.sum[q] = self.sum[q] * ours + other.sum[q] * theirs;
-            self.coefficients.add(q, &other.coefficients, theirs);
+            if let Some(more) = &other.coefficients {
+                let ours = self.coefficients.get_or_insert_with(|| CoefficientSums::new(values, n));
+                ours.add(q, more, theirs);
+            }
             let dim = other.out.len() / other.max.len();
             for (o, v) in self.out_of(q).iter_mut().zip(&other.out[q * dim..(q + 1) * dim]) {
                 *o += v * theirs;
@@ -73,7 +79,9 @@ impl Partial {
 
     /// The attention's output `[n, value_dim]`: zeros for a query that saw nothing (a row of padding), not NaN.
     pub(super) fn finish(mut self, values: &StreamTables) -> Result<Vec<f32>> {
-        values.finish_sums(best_isa(), &self.coefficients, &mut self.out)?;
+        if let Some(coefficients) = &self.coefficients {
+            values.finish_sums(best_isa(), coefficients, &mut self.out)?;
+        }
         for q in 0..self.max.len() {
             let inverse = if self.sum[q] == 0.0 { 0.0 } else { 1.0 / self.sum[q] };
             self.out_of(q).iter_mut().for_each(|v| *v *= inverse);

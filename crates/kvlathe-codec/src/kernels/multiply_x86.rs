@@ -88,8 +88,8 @@ macro_rules! tiled_multiply {
                 for j in 0..k / 2 {
                     let mut values: [$int; VECTORS] = [$int_zero(); VECTORS];
                     for v in 0..VECTORS {
-                        // SAFETY: 2·(j·n + column + VECTORS·lanes) ≤ k·n ≤ x.len(), asserted above.
                         values[v] =
+                            // SAFETY: 2·(j·n + column + VECTORS·lanes) ≤ k·n ≤ x.len(), asserted above.
                             unsafe { $int_load(x.as_ptr().add(2 * (j * n + column + v * $lanes)).cast()) };
                     }
                     for r in 0..ROWS {

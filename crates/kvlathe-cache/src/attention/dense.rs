@@ -1,0 +1,159 @@
+//! Attention of many queries: tiles of keys and values are decoded into the cache of one core, and served to all queries
+//! before the next tile takes their place (as in flash attention).
+//!
+//! Decoding a block costs about as much as scoring it with forty queries in the coefficient domain, and after that
+//! each query is cheaper.
+
+use std::ops::Range;
+
+use kvlathe_codec::{Element, best_isa, product, weigh};
+
+use super::head::Head;
+use super::partial::Partial;
+use super::visibility::Sight;
+use super::workspace::Workspace;
+use crate::error::Result;
+
+/// From this many queries of one KV head on (a group's queries count each), decoding tiles is faster.
+pub(super) const MIN_QUERIES: usize = 40;
+/// Tokens of a tile: its keys and values, 64 components of float32 each, fill a quarter of a usual second-level cache.
+const TILE_TOKENS: usize = 256;
+/// Queries that go through a tile together: their scores stay in the first-level cache.
+const TOGETHER: usize = 24;
+
+/// A tile's place among the tokens.
+#[derive(Clone, Copy)]
+struct Place {
+    first: usize,
+    n_tokens: usize,
+    /// `n_tokens` rounded up to whole vectors.
+    width: usize,
+}
+
+impl<E: Element> Head<'_, E> {
+    /// Queries `rows` over all tokens.
+    pub(super) fn dense(&self, rows: Range<usize>, workspace: &mut Workspace) -> Result<Partial> {
+        let mut partial = Partial::new(self.values.head_dim(), rows.len());
+        for (keys, values, first) in self.exact_runs() {
+            let (key_dim, value_dim) = (self.keys.head_dim(), self.values.head_dim());
+            let n_tokens = keys.len() / key_dim;
+            for at in (0..n_tokens).step_by(TILE_TOKENS) {
+                let run = at..n_tokens.min(at + TILE_TOKENS);
+                let place =
+                    Place { first: first + at, n_tokens: run.len(), width: run.len().next_multiple_of(16) };
+                if self.sees_any(&rows, place) {
+                    let keys = &keys[run.start * key_dim..run.end * key_dim];
+                    let values = &values[run.start * value_dim..run.end * value_dim];
+                    self.fill_exact(keys, values, place, workspace);
+                    self.attend_tile(&rows, place, &mut partial, workspace);
+                }
+            }
+        }
+        let (n_blocks, block_len) = (self.key.n_blocks(), self.keys.block_len());
+        let together = TILE_TOKENS / block_len;
+        for at in (0..n_blocks).step_by(together) {
+            let blocks = at..n_blocks.min(at + together);
+            let n_tokens = blocks.len() * block_len;
+            let place = Place {
+                first: self.key.n_sinks_held() + at * block_len,
+                n_tokens,
+                width: n_tokens.next_multiple_of(16),
+            };
+            if self.sees_any(&rows, place) {
+                self.fill_decoded(blocks, place, workspace)?;
+                self.attend_tile(&rows, place, &mut partial, workspace);
+            }
+        }
+        Ok(partial)
+    }
+
+    fn sees_any(&self, rows: &Range<usize>, place: Place) -> bool {
+        let tokens = place.first..place.first + place.n_tokens;
+        !matches!(self.visibility.sight(rows.clone(), tokens), Sight::None)
+    }
+
+    fn size_tile(&self, place: Place, workspace: &mut Workspace) {
+        workspace.tile_keys.resize(self.keys.head_dim() * place.width, 0.0);
+        workspace.tile_values.resize(place.width * self.values.head_dim(), 0.0);
+        // Padding gets no weight, but must be finite.
+        workspace.tile_values[place.n_tokens * self.values.head_dim()..].fill(0.0);
+        if place.n_tokens < place.width {
+            let keys = workspace.tile_keys.chunks_exact_mut(place.width);
+            keys.for_each(|row| row[place.n_tokens..].fill(0.0));
+        }
+    }
+
+    fn fill_exact(&self, keys: &[E], values: &[E], place: Place, workspace: &mut Workspace) {
+        self.size_tile(place, workspace);
+        let Workspace { tile_keys, tile_values, .. } = workspace;
+        for (t, key) in keys.chunks_exact(self.keys.head_dim()).enumerate() {
+            for (j, value) in key.iter().enumerate() {
+                tile_keys[j * place.width + t] = value.to_f32();
+            }
+        }
+        for (wide, value) in tile_values.iter_mut().zip(values) {
+            *wide = value.to_f32();
+        }
+    }
+
+    fn fill_decoded(&self, blocks: Range<usize>, place: Place, workspace: &mut Workspace) -> Result<()> {
+        self.size_tile(place, workspace);
+        let Workspace { tile_keys, tile_values, scratch, .. } = workspace;
+        let (n, isa) = (self.keys.block_len(), best_isa());
+        let (key_range, value_range) = (self.keys.head_range(self.head), self.values.head_range(self.head));
+        let centre = (place.first + n / 2) as i64;
+        // R(c) is R(−(−c)).
+        let mut walk = self.keys.rope().map(|rope| rope.walk_back(-centre, -(n as i64)));
+        let value_len = n * self.values.head_dim();
+        for (i, values) in blocks.zip(tile_values.chunks_exact_mut(value_len)) {
+            let column = (i * n + self.key.n_sinks_held()) - place.first;
+            let turn_forward = walk.as_ref().map(|walk| walk.rotation());
+            let packed = &self.key.block(i)[key_range.clone()];
+            let columns = (&mut tile_keys[column..], place.width);
+            self.key_stream().decode_columns(isa, packed, turn_forward, columns, scratch)?;
+            let packed = &self.value.block(i)[value_range.clone()];
+            self.value_stream().decode_block(isa, packed, None, values, scratch)?;
+            if let Some(walk) = &mut walk {
+                walk.advance();
+            }
+        }
+        Ok(())
+    }
+
+    fn attend_tile(
+        &self,
+        rows: &Range<usize>,
+        place: Place,
+        partial: &mut Partial,
+        workspace: &mut Workspace,
+    ) {
+        let Workspace { tile_keys, tile_values, scores, rescale, added, .. } = workspace;
+        let (key_dim, value_dim, isa) = (self.keys.head_dim(), self.values.head_dim(), best_isa());
+        let tokens = place.first..place.first + place.n_tokens;
+        for start in rows.clone().step_by(TOGETHER) {
+            let run = start..rows.end.min(start + TOGETHER);
+            if matches!(self.visibility.sight(run.clone(), tokens.clone()), Sight::None) {
+                continue;
+            }
+            scores.resize(run.len() * place.width, 0.0);
+            rescale.resize(run.len(), 1.0);
+            added.resize(run.len() * value_dim, 0.0);
+            let queries = &self.queries[run.start * key_dim..run.end * key_dim];
+            product(isa, queries, tile_keys, scores, (key_dim, place.width));
+            self.cap(scores);
+            self.visibility.hide(scores, (place.width, place.n_tokens), place.first, run.clone());
+            let here = run.start - rows.start..run.end - rows.start;
+            let (max, sum) = (&mut partial.max[here.clone()], &mut partial.sum[here.clone()]);
+            weigh(isa, scores, place.width, max, sum, rescale);
+            product(isa, scores, tile_values, added, (place.width, value_dim));
+            let out = &mut partial.out[here.start * value_dim..here.end * value_dim];
+            for ((out, added), factor) in
+                out.chunks_exact_mut(value_dim).zip(added.chunks_exact(value_dim)).zip(&*rescale)
+            {
+                for (o, a) in out.iter_mut().zip(added) {
+                    *o = *o * factor + a;
+                }
+            }
+        }
+    }
+}

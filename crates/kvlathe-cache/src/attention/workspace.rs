@@ -1,0 +1,30 @@
+//! Buffers that a thread keeps from task to task.
+
+use std::cell::RefCell;
+
+use kvlathe_codec::{Queries, Scratch};
+
+#[derive(Default)]
+pub(super) struct Workspace {
+    pub(super) scratch: Scratch,
+    pub(super) queries: Queries,
+    /// `[queries, tokens]` of one part.
+    pub(super) scores: Vec<f32>,
+    pub(super) rescale: Vec<f32>,
+    /// Exact keys or values that are not float32 already.
+    pub(super) wide: Vec<f32>,
+    /// `[queries, value_dim]`: what one tile adds.
+    pub(super) added: Vec<f32>,
+    /// Keys of a tile, component-major, and its values, token-major.
+    pub(super) tile_keys: Vec<f32>,
+    pub(super) tile_values: Vec<f32>,
+}
+
+thread_local! {
+    static WORKSPACE: RefCell<Workspace> = RefCell::default();
+}
+
+/// Runs one task with this thread's buffers.
+pub(super) fn with_workspace<R>(task: impl FnOnce(&mut Workspace) -> R) -> R {
+    WORKSPACE.with_borrow_mut(task)
+}
