@@ -13,9 +13,6 @@ from .errors import DeviceError, DtypeError, ShapeError
 from .preset import Side
 from .stores import LayerStore, NativeStore, Policy, make_store
 
-# Longer runs of queries (prefill) go through dense attention: expanding a layer once serves all of them.
-_MOST_FUSED_QUERIES = 32
-
 
 class CompressedLayer(DynamicLayer):
     """Keeps one layer's keys and values compressed; `update` returns them expanded, for the time of one call.
@@ -110,7 +107,8 @@ class CompressedLayer(DynamicLayer):
         attends, self.attends_next = self.attends_next, False
         # Gradients cannot flow through native attention; the dense way keeps those of the new tokens.
         attends = attends and not (torch.is_grad_enabled() and key_states.requires_grad)
-        if attends and store.can_attend and key_states.shape[2] <= _MOST_FUSED_QUERIES:
+        # The first tokens of a sequence have nothing packed behind them: dense attention takes them as they come.
+        if attends and store.can_attend and store.n_tokens:
             return self._update_for_attention(store, key_states, value_states)
         past = store.n_tokens
         try:

@@ -24,8 +24,14 @@ struct Owned<T> {
     it: T,
 }
 
+/// Our own threads.
+struct Pool {
+    n_threads: usize,
+    threads: Arc<ThreadPool>,
+}
+
 static TEAM: Mutex<Option<Owned<Arc<dyn Team>>>> = Mutex::new(None);
-static POOL: Mutex<Option<Owned<(usize, Arc<ThreadPool>)>>> = Mutex::new(None);
+static POOL: Mutex<Option<Owned<Pool>>> = Mutex::new(None);
 
 /// Lets [`for_each_task`] run on somebody else's threads.
 ///
@@ -103,25 +109,25 @@ fn pool(n_threads: usize) -> Option<Arc<ThreadPool>> {
     }
     let process = std::process::id();
     let mut slot = POOL.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(Owned { process: owner, it: (size, pool) }) = slot.as_ref()
+    if let Some(Owned { process: owner, it: pool }) = slot.as_ref()
         && *owner == process
-        && *size == n_threads
+        && pool.n_threads == n_threads
     {
-        return Some(Arc::clone(pool));
+        return Some(Arc::clone(&pool.threads));
     }
-    let pool = ThreadPoolBuilder::new()
+    let threads = ThreadPoolBuilder::new()
         .num_threads(n_threads)
         .thread_name(|i| format!("kvlathe-{i}"))
         .build()
         .map(Arc::new)
         .ok()?;
-    if let Some(old) = slot.replace(Owned { process, it: (n_threads, Arc::clone(&pool)) })
+    if let Some(old) = slot.replace(Owned { process, it: Pool { n_threads, threads: Arc::clone(&threads) } })
         && old.process != process
     {
         // Its threads exist only in the parent; joining them here would wait for ever.
         std::mem::forget(old.it);
     }
-    Some(pool)
+    Some(threads)
 }
 
 #[cfg(test)]

@@ -104,6 +104,7 @@ impl Scratch {
 macro_rules! for_each_isa {
     ($(#[$doc:meta])* $name:ident, $module:ident::$body:ident, ($($arg:ident: $ty:ty),*)) => {
         $(#[$doc])*
+        #[allow(clippy::too_many_arguments, reason = "one call does the work of several")]
         pub fn $name(isa: Isa, $($arg: $ty),*) {
             #[cfg(target_arch = "x86_64")]
             {

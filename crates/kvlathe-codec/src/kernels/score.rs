@@ -72,7 +72,8 @@ pub(super) fn score<M: Multiply>(
             let k = tables.n_coded().next_multiple_of(2);
             M::multiply_i16(projected, n_padded, levels, &mut dots[..queries.len() * n], (k, n));
         } else {
-            (dots.fill(0), units.fill(0.0));
+            dots.fill(0);
+            units.fill(0.0);
         }
         unpack_sides(side, gains, scales);
         for q in 0..queries.len() {
