@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""Milliseconds a decoded token by context length: the stock cache in float32 and bfloat16, and ours from its blocks.
+"""Milliseconds a decoded token by context length: stock caches, Hugging Face's quantised cache, and ours.
 
-    python benches/decode.py --model smollm2 --contexts 128 2048 4096 8000
+    python benches/decode.py --model smollm2 --contexts 128 2048 8000
+    python benches/decode.py --model qwen2.5-coder-0.5b --preset qwen.safetensors --plot decode.png \\
+        --contexts 128 2048 8192 16384 32768 --only-ours 131072
 
-Caches are filled with random keys and values (a step's time does not depend on them), then single tokens are decoded,
-the caches in turn, and medians are compared. Ratios are of one run; run it on an idle machine.
+Caches are filled with random keys and values (a step's time does not depend on them). Then single tokens are decoded,
+the caches in turn, and medians are compared: ratios are of one run. Run it on an idle machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import statistics
 import sys
@@ -20,10 +23,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, QuantizedCache
 
 from kvlathe import CompressedDynamicCache, Preset, attach, detach, load_model
 from kvlathe.presets import smollm2
+
+FILL_TOKENS = 2048
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,77 +37,131 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--preset", type=Path, default=smollm2())
-    parser.add_argument("--bits", type=float, help="rate of the preset, by default its own")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 2048, 4096, 8000])
+    parser.add_argument("--bits", type=float, nargs="+", default=[2.25, 3.25, 4.25])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 2048, 8000])
+    parser.add_argument("--only-ours", type=int, nargs="*", default=[], help="contexts for our cache alone")
+    parser.add_argument("--quantized", action="store_true", help="also transformers' QuantizedCache (fp8)")
     parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("--plot", type=Path, help="draw them")
     return parser.parse_args()
 
 
-def fill(cache: DynamicCache, preset: Preset, n_tokens: int, dtype: torch.dtype) -> None:
-    """Random keys and values, in chunks as a prefill would bring them."""
-    lathe = preset.meta["kvlathe"]
-    generator = torch.Generator().manual_seed(0)
-    for start in range(0, n_tokens, 2048):
-        shape = (1, lathe["n_kv_heads"], min(2048, n_tokens - start), preset.meta["head_dim"])
-        for layer in range(preset.n_layers):
-            keys, values = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
-            cache.update(keys, values, layer)
+class Contender:
+    """A model in some number format with a way to make caches."""
+
+    def __init__(self, model: Any, make: Callable[[], Cache], attached: bool = False) -> None:
+        self.model, self.make, self.attached = model, make, attached
+
+    def fill(self, n_tokens: int, shape: tuple[int, int, int]) -> Cache:
+        """Random keys and values, in chunks as a prefill would bring them."""
+        n_layers, n_heads, head_dim = shape
+        cache = self.make()
+        generator = torch.Generator().manual_seed(0)
+        for start in range(0, n_tokens, FILL_TOKENS):
+            n = min(FILL_TOKENS, n_tokens - start)
+            for layer in range(n_layers):
+                keys, values = (
+                    torch.randn((1, n_heads, n, head_dim), generator=generator).to(self.model.dtype)
+                    for _ in range(2)
+                )
+                cache.update(keys, values, layer)
+        return cache
+
+    @torch.no_grad()
+    def decode_one(self, cache: Cache) -> float:
+        """Milliseconds of one step; the token is removed again where the cache can."""
+        (attach if self.attached else detach)(self.model)
+        start = time.perf_counter()
+        self.model(input_ids=torch.tensor([[5]]), past_key_values=cache, use_cache=True)
+        ms = 1000 * (time.perf_counter() - start)
+        if not isinstance(cache, QuantizedCache):
+            cache.crop(-1)
+        return ms
 
 
-@torch.no_grad()
-def decode_one(model: Any, cache: DynamicCache) -> float:
-    """Seconds of one step; the token is removed again."""
-    start = time.perf_counter()
-    model(input_ids=torch.tensor([[5]]), past_key_values=cache, use_cache=True)
-    seconds = time.perf_counter() - start
-    cache.crop(-1)
-    return seconds
+def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
+    in_float32 = load_model(arguments.model).model
+    in_bfloat16 = load_model(arguments.model, dtype=torch.bfloat16).model
+    found = {
+        "stock float32": Contender(in_float32, DynamicCache),
+        "stock bfloat16": Contender(in_bfloat16, DynamicCache),
+    }
+    if arguments.quantized:
+        found["HF fp8"] = Contender(
+            in_bfloat16, lambda: QuantizedCache(backend="fp8", config=in_bfloat16.config)
+        )
+
+    def compressed(bits: float) -> Callable[[], Cache]:
+        preset = Preset.load(arguments.preset).with_bits(bits)
+        return lambda: CompressedDynamicCache.from_preset(preset, uncompressed_tail=128)
+
+    middle = arguments.bits[len(arguments.bits) // 2]
+    found[f"ours {middle:g} float32"] = Contender(in_float32, compressed(middle), attached=True)
+    for bits in arguments.bits:
+        found[f"ours {bits:g}"] = Contender(in_bfloat16, compressed(bits), attached=True)
+    return found
+
+
+def measure(
+    running: dict[str, Contender], n_tokens: int, shape: tuple[int, int, int], n_steps: int
+) -> dict[str, float]:
+    caches = {name: contender.fill(n_tokens, shape) for name, contender in running.items()}
+    times: dict[str, list[float]] = {name: [] for name in running}
+    for step in range(n_steps + 2):
+        for name, contender in running.items():
+            ms = contender.decode_one(caches[name])
+            if step >= 2:  # the first ones warm up
+                times[name].append(ms)
+    return {name: statistics.median(series) for name, series in times.items()}
+
+
+def draw(results: dict[str, dict[int, float]], title: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), constrained_layout=True)
+    for name, by_context in results.items():
+        style = "o-" if name.startswith("ours") else "s--"
+        axes.plot(list(by_context), list(by_context.values()), style, label=name)
+    axes.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="ms a decoded token", title=title)
+    ticks = sorted({n for by_context in results.values() for n in by_context})
+    axes.set_xticks(ticks, [f"{n // 1000}K" if n >= 1000 else str(n) for n in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
 
 
 def main() -> int:
     arguments = parse_arguments()
     preset = Preset.load(arguments.preset)
-    if arguments.bits:
-        preset = preset.with_bits(arguments.bits)
-    in_float32 = load_model(arguments.model).model
-    in_bfloat16 = load_model(arguments.model, dtype=torch.bfloat16).model
-    print(
-        f"{'context':>8} {'float32':>9} {'bfloat16':>9} {'ours':>9}   ms a token; float32/ours, bfloat16/ours; our MB"
+    shape = (preset.n_layers, preset.meta["kvlathe"]["n_kv_heads"], preset.meta["head_dim"])
+    running = contenders(arguments)
+    results: dict[str, dict[int, float]] = {name: {} for name in running}
+    print(f"{'tokens':>8} " + " ".join(f"{name:>18}" for name in running))
+    for n_tokens in sorted({*arguments.contexts, *arguments.only_ours}):
+        chosen = {
+            name: contender
+            for name, contender in running.items()
+            if contender.attached or n_tokens in arguments.contexts
+        }
+        medians = measure(chosen, n_tokens, shape, arguments.steps)
+        cells = [f"{medians[name]:18.1f}" if name in medians else f"{'':>18}" for name in running]
+        print(f"{n_tokens:>8} " + " ".join(cells), flush=True)
+        for name, ms in medians.items():
+            results[name][n_tokens] = ms
+    machine = (
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, "
+        f"{torch.get_num_threads()} threads"
     )
-    for context in arguments.contexts:
-        stock32, stock16 = DynamicCache(), DynamicCache()
-        ours = CompressedDynamicCache.from_preset(preset, uncompressed_tail=128)
-        for cache, dtype in ((stock32, torch.float32), (stock16, torch.bfloat16), (ours, torch.float32)):
-            fill(cache, preset, context, dtype)
-
-        def attached() -> float:
-            attach(in_float32)
-            try:
-                return decode_one(in_float32, ours)  # noqa: B023
-            finally:
-                detach(in_float32)
-
-        runs: list[Callable[[], float]] = [
-            lambda cache=stock32: decode_one(in_float32, cache),
-            lambda cache=stock16: decode_one(in_bfloat16, cache),
-            attached,
-        ]
-        times: list[list[float]] = [[] for _ in runs]
-        for step in range(arguments.steps + 1):
-            for run, series in zip(runs, times, strict=True):
-                seconds = run()
-                if step:  # the first step warms up
-                    series.append(1000 * seconds)
-        float32, bfloat16, our = (statistics.median(series) for series in times)
-        print(
-            f"{context:>8} {float32:>9.1f} {bfloat16:>9.1f} {our:>9.1f}   {float32 / our:.2f}x, {bfloat16 / our:.2f}x; "
-            f"{ours.get_memory_stats()['total_mb']:.1f}",
-            flush=True,
-        )
-    print(
-        f"{preset.bits_per_value:.2f} bits a value; torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, {platform.machine()}, {torch.get_num_threads()} threads"
-    )
+    print(machine)
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"machine": machine, "ms_a_token": results}, indent=1))
+    if arguments.plot:
+        draw(results, f"{preset.meta['model']}, {torch.get_num_threads()} threads", arguments.plot)
     return 0
 
 

@@ -3,12 +3,14 @@
     attach(model)
     model.generate(**inputs, past_key_values=cache)   # cache: CompressedDynamicCache
 
-The model keeps working with every other cache. Prefill, devices other than the CPU, and layers that are not coded by
-the calibrated codec go through the model's dense attention as before.
+The model keeps working with every other cache. Devices other than the CPU and layers that are not coded by the
+calibrated codec go through the model's dense attention as before. `generate` reads long prompts into our cache in
+chunks, so that neither a layer's whole keys and values nor the whole prompt's activations exist at any time.
 """
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -25,6 +27,8 @@ from .model_loading import attention_modules
 from .two_sided import TwoSidedPlan, two_sided_attention
 
 ATTENTION_NAME = "kvlathe"
+# Tokens of a prompt that `generate` gives to the model at once.
+PREFILL_CHUNK_TOKENS = 512
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 # Architectures whose attention hands keys from the cache to the attention function untouched; each is tested.
@@ -106,8 +110,20 @@ def _announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             cache.layers[layer_idx].attends_next = True
 
 
+def _generate_in_chunks(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """The model's `generate`, with a chunked prefill where the cache is ours and the caller has not chosen."""
+    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    chosen = "prefill_chunk_size" in kwargs or getattr(config, "prefill_chunk_size", None) is not None
+    if isinstance(kwargs.get("past_key_values"), CompressedDynamicCache) and not chosen:
+        kwargs["prefill_chunk_size"] = PREFILL_CHUNK_TOKENS
+    return type(model).generate(model, *args, **kwargs)  # type: ignore[attr-defined]
+
+
 def attach(model: Model) -> Model:
     """Let the model decode straight from a `CompressedDynamicCache`'s blocks. Twice is the same as once.
+
+    With such a cache, `model.generate` also reads prompts in chunks of `PREFILL_CHUNK_TOKENS` tokens unless it is told
+    another ``prefill_chunk_size`` (None: all at once).
 
     Returns:
         The model itself.
@@ -131,6 +147,9 @@ def attach(model: Model) -> Model:
         module.register_forward_pre_hook(_announce, with_kwargs=True)
         for module in attention_modules(model).values()
     ]
+    if hasattr(type(model), "generate"):
+        # A bound method: a deep copy of the model gets one that is bound to the copy.
+        model.generate = MethodType(_generate_in_chunks, model)  # type: ignore[method-assign,assignment]
     _ATTACHED[model] = _Attached(implementation, hooks)
     return model
 
@@ -141,5 +160,6 @@ def detach(model: Model) -> Model:
     if attached is not None:
         for hook in attached.hooks:
             hook.remove()
+        model.__dict__.pop("generate", None)
         model.set_attn_implementation(attached.implementation)
     return model

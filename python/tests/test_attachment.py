@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import select
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -57,13 +63,13 @@ def logits_of(
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("padding", [0, 5])
-def test_logits_are_those_of_the_expanded_path(name: str, padding: int) -> None:
+@pytest.mark.parametrize("steps", [[1, 1, 3, 1], [30, 1, 24]], ids=["short", "long"])
+def test_logits_are_those_of_the_expanded_path(name: str, padding: int, steps: list[int]) -> None:
     model = tiny(name)
     preset = preset_of(name, model)
-    ids = prompt(2, 60)
+    ids = prompt(2, 54 + sum(steps))
     mask = torch.ones_like(ids)
     mask[1, :padding] = 0
-    steps = [1, 1, 3, 1]
     expected = logits_of(model, preset, ids, mask, steps)
     before = model.config._attn_implementation
     attach(model)
@@ -76,7 +82,25 @@ def test_logits_are_those_of_the_expanded_path(name: str, padding: int) -> None:
     for a, b in zip(got, expected, strict=True):
         # The padded row's own padding positions are nobody's business.
         keep = slice(padding, None) if a.shape[1] > padding else slice(None)
-        torch.testing.assert_close(a[:, keep], b[:, keep], atol=2e-3, rtol=2e-3)
+        # Single codes of tokens that are packed later may round the other way: hence a bound for the mean as well.
+        torch.testing.assert_close(a[:, keep], b[:, keep], atol=3e-2, rtol=2e-3)
+        assert (a[:, keep] - b[:, keep]).abs().mean() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("steps", [[1, 1, 3, 1], [30, 1, 24]], ids=["short", "long"])
+def test_half_precision_models(dtype: torch.dtype, steps: list[int]) -> None:
+    preset = preset_of("llama", tiny("llama"))
+    model = tiny("llama").to(dtype)
+    ids = prompt(2, 54 + sum(steps))
+    mask = torch.ones_like(ids)
+    expected = logits_of(model, preset, ids, mask, steps)
+    got = logits_of(attach(model), preset, ids, mask, steps)
+    # Both round everything else to the model's format; ours does not round the decoded keys and values.
+    scale = max(float(logits.abs().max()) for logits in expected)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a, b, atol=0.05 * scale, rtol=0.05)
 
 
 @pytest.mark.parametrize(
@@ -154,3 +178,104 @@ def test_assisted_decoding_still_packs_its_tail() -> None:
         detach(model)
     # A tail of 8, a block of 8, and at most one round of candidates that might have been rolled back.
     assert cache.get_memory_stats()["uncompressed_tokens"] <= 2 + 8 + 8 + 4
+
+
+@pytest.mark.parametrize("chosen", [{}, {"prefill_chunk_size": 32}, {"prefill_chunk_size": None}])
+def test_generate_reads_prompts_in_chunks(
+    monkeypatch: pytest.MonkeyPatch, chosen: dict[str, int | None]
+) -> None:
+    model = tiny("llama")
+    preset = preset_of("llama", model)
+    ids = prompt(1, 80)
+    common = {"input_ids": ids, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    monkeypatch.setattr("kvlathe.attachment.PREFILL_CHUNK_TOKENS", 24)
+    lengths: list[int] = []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    attach(model)
+    try:
+        model.generate(
+            past_key_values=CompressedDynamicCache.from_preset(preset, uncompressed_tail=8), **common, **chosen
+        )
+        ours = lengths.copy()
+        lengths.clear()
+        model.generate(**common)
+        stock = lengths.copy()
+        lengths.clear()
+        model.generate(use_cache=False, **common)
+    finally:
+        detach(model)
+        hook.remove()
+    expected = {24: [24, 24, 24, 8], 32: [32, 32, 16], None: [80]}[chosen.get("prefill_chunk_size", 24)]
+    assert ours[: len(expected)] == expected
+    assert stock[0] == 80 and lengths[0] == 80
+    assert "generate" not in vars(model)
+
+
+def test_chunked_prefill_expands_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    cache = CompressedDynamicCache.from_preset(preset_of("llama", model), uncompressed_tail=8)
+    monkeypatch.setattr("kvlathe.stores.NativeStore.read", lambda *_: pytest.fail("expanded"))
+    attach(model).generate(
+        input_ids=prompt(1, 90), past_key_values=cache, max_new_tokens=3, pad_token_id=0, prefill_chunk_size=30
+    )
+    assert cache.get_seq_length() == 92
+
+
+def test_a_copy_of_an_attached_model_generates_by_itself() -> None:
+    model = attach(tiny("llama"))
+    twin = copy.deepcopy(model)
+    assert twin.generate.__self__ is twin
+    with torch.no_grad():
+        twin.lm_head.weight.zero_()
+    out = twin.generate(input_ids=prompt(1, 20), max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert out[0, -1] == 0
+
+
+def test_two_threads_generate_at_once() -> None:
+    model = attach(tiny("llama"))
+    preset = preset_of("llama", model)
+
+    def generate(seed: int) -> torch.Tensor:
+        cache = CompressedDynamicCache.from_preset(preset, uncompressed_tail=8)
+        return model.generate(
+            input_ids=prompt(1, 60 + seed),
+            past_key_values=cache,
+            max_new_tokens=40,
+            do_sample=False,
+            pad_token_id=0,
+        )
+
+    alone = [generate(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(generate, range(4)))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_attention_works_in_a_forked_child() -> None:
+    model = attach(tiny("llama"))
+    cache = CompressedDynamicCache.from_preset(preset_of("llama", model), uncompressed_tail=8)
+    # Wide enough to be worth several threads.
+    keys = torch.randn(1, *cache_shape(model, 4000))
+    cache.update(keys, keys, 0)
+    queries = torch.randn(1, model.config.num_attention_heads, 1, keys.shape[-1])
+    expected = cache.layers[0].attend(queries, mask=None, scaling=0.3)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            got = cache.layers[0].attend(queries, mask=None, scaling=0.3)
+            os.write(writer, b"y" if torch.equal(got, expected) else b"n")
+        finally:
+            os._exit(0)
+    os.close(writer)
+    ready, _, _ = select.select([reader], [], [], 60)
+    if not ready:
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert ready and os.read(reader, 1) == b"y"
+
+
+def cache_shape(model: PreTrainedModel, n_tokens: int) -> tuple[int, int, int]:
+    config = model.config
+    return config.num_key_value_heads, n_tokens, config.hidden_size // config.num_attention_heads

@@ -163,6 +163,11 @@ fn float32_shapes() {
         Case { batch: 3, masked: true, n_queries: 5, ..case() },
         Case { softcap: Some(2.0), ..case() },
         Case { sinks: true, n_queries: 2, ..case() },
+        // Many queries: tiles.
+        Case { n_queries: 300, ..case() },
+        Case { n_queries: 61, d: 80, group: 1, ..case() },
+        Case { n_queries: 100, batch: 2, masked: true, n_tokens: 333, ..case() },
+        Case { n_queries: 50, softcap: Some(2.0), sinks: true, d: 128, ..case() },
     ] {
         let error = largest_error::<f32>(&case);
         // Scores of packed keys are good to 2.5·10⁻⁴ of ‖q‖·‖k‖ at worst; exact tokens know only float32's rounding.
@@ -175,6 +180,7 @@ fn float32_shapes() {
 fn bfloat16_within_its_rounding() {
     // The reference reads keys rounded to bfloat16; ours never rounds them: 2⁻⁸ a component, averaged down.
     assert!(largest_error::<bf16>(&Case { n_queries: 4, ..case() }) < 2e-2);
+    assert!(largest_error::<bf16>(&Case { n_queries: 80, ..case() }) < 2e-2);
 }
 
 #[test]
