@@ -33,15 +33,16 @@ fn packed_block() -> (StreamTables, Vec<u8>, Rope) {
         })
         .collect();
     let basis = Basis { mean: vec![0.1; HEAD_DIM], synthesis, importance: vec![1.0; HEAD_DIM], widths };
-    let tables = StreamTables::new(&basis, None, BLOCK_LEN).expect("a valid basis");
+    let inv_freq = (0..HEAD_DIM / 2).map(|i| 0.7f64.powi(i as i32)).collect();
+    let rope = Rope::new(Pairing::HalfSplit, HEAD_DIM, inv_freq).expect("a valid rope");
+    let tables = StreamTables::new(&basis, Some(&rope), BLOCK_LEN).expect("a valid basis");
     let x: Vec<f32> = (0..BLOCK_LEN * HEAD_DIM).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
     let mut packed = vec![0; tables.block_bytes()];
     let tokens = Tokens { data: &x[..], token_stride: HEAD_DIM };
     tables
         .encode_block(Isa::Portable, tokens, None, &mut packed, &mut Scratch::default())
         .expect("finite input");
-    let inv_freq = (0..HEAD_DIM / 2).map(|i| 0.7f64.powi(i as i32)).collect();
-    (tables, packed, Rope::new(Pairing::HalfSplit, HEAD_DIM, inv_freq).expect("a valid rope"))
+    (tables, packed, rope)
 }
 
 const CASES: [(&str, usize); 9] = [

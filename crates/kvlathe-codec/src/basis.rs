@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use crate::error::{CodecError, Result};
 use crate::linalg;
 use crate::query::QueryTables;
-use crate::rope::{Pairing, Rope};
+use crate::rope::Rope;
 use crate::width::Width;
 
 /// Block lengths the packed format allows.
@@ -63,8 +63,9 @@ pub struct StreamTables {
     pub(crate) shape_mean: Vec<f32>,
     /// `[n_coded]`: cost of a squared error of one step, λᵢ·Δᵢ².
     pub(crate) step_cost: Vec<f32>,
-    /// Pairing and number of rotated components.
-    pub(crate) pairing: Option<(Pairing, usize)>,
+    /// μ itself.
+    pub(crate) mean: Vec<f32>,
+    pub(crate) rope: Option<Rope>,
     query_tables: OnceLock<QueryTables>,
 }
 
@@ -98,7 +99,8 @@ impl StreamTables {
             rows_of_width: [Width::W8, Width::W4, Width::W2]
                 .map(|width| coded.iter().filter(|c| c.width == width).count()),
             coded,
-            pairing: rope.map(|rope| (rope.pairing(), rope.rotary_dim())),
+            mean: basis.mean.clone(),
+            rope: rope.cloned(),
             query_tables: OnceLock::new(),
         };
         for (row, c) in tables.coded.iter().enumerate() {

@@ -1,8 +1,9 @@
 //! Weighted sums in the coefficient domain; see [`crate::attend`] for the formula.
 
+use super::lanes::{LANES, groups, groups_mut, larger, largest, total};
 use super::levels::{unpack_row_of_blocks, unpack_sides};
 use super::multiply::{DOT_STEP, Multiply};
-use super::{LANES, ROUND, Scratch};
+use super::{ROUND, Scratch};
 use crate::attend::CoefficientSums;
 use crate::basis::StreamTables;
 use crate::block::{SIDE_BYTES_PER_TOKEN, row_bytes};
@@ -65,46 +66,53 @@ pub(super) fn accumulate<M: Multiply>(
 #[inline(always)]
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0.0f32; LANES];
-    for t in (0..a.len()).step_by(LANES) {
-        let (a, b) = (&a[t..t + LANES], &b[t..t + LANES]);
+    let a = groups(a);
+    let b = &groups(b)[..a.len()];
+    for g in 0..a.len() {
+        let (a, b) = (a[g], b[g]);
         for l in 0..LANES {
             lanes[l] = a[l].mul_add(b[l], lanes[l]);
         }
     }
-    let mut sum = 0.0;
-    for l in 0..LANES {
-        sum += lanes[l];
-    }
-    sum
+    total(lanes)
 }
 
 /// Rounds weightₜ·scaleₜ to integers; returns what one of (integer · doubled level) is worth.
 #[inline(always)]
 fn quantise(weights: &[f32], scales: &[f32], integers: &mut [i16]) -> f32 {
-    let (mut largest, mut totals) = ([0.0f32; LANES], [0.0f32; LANES]);
-    for t in (0..weights.len()).step_by(LANES) {
-        let (weights, scales) = (&weights[t..t + LANES], &scales[t..t + LANES]);
+    let (mut most, mut sums) = ([0.0f32; LANES], [0.0f32; LANES]);
+    let weights = groups(weights);
+    let n = weights.len();
+    let scales = &groups(scales)[..n];
+    for g in 0..n {
+        let (weights, scales, mut scaled) = (weights[g], scales[g], [0.0; LANES]);
         for l in 0..LANES {
-            let product = weights[l] * scales[l];
-            largest[l] = if product > largest[l] { product } else { largest[l] };
-            totals[l] += product;
+            scaled[l] = weights[l] * scales[l];
+        }
+        for l in 0..LANES {
+            most[l] = larger(scaled[l], most[l]);
+        }
+        for l in 0..LANES {
+            sums[l] += scaled[l];
         }
     }
-    let (mut most, mut total) = (0.0f32, 0.0f32);
-    for l in 0..LANES {
-        most = most.max(largest[l]);
-        total += totals[l];
-    }
-    integers[weights.len()..].fill(0);
-    if !(most > 0.0 && total.is_finite()) {
-        integers[..weights.len()].fill(0);
+    let (most, sum) = (largest(most), total(sums));
+    let (integers, rest) = integers.split_at_mut(n * LANES);
+    rest.fill(0);
+    if !(most > 0.0 && sum.is_finite()) {
+        integers.fill(0);
         // NaN weights must not become silent zeros.
-        return total * 0.0;
+        return sum * 0.0;
     }
     // Rounding adds at most a half a token to the sum.
-    let factor = (32_700.0 / most).min((LARGEST_SUM - 0.5 * weights.len() as f32) / total);
-    for t in 0..weights.len() {
-        integers[t] = ((weights[t] * scales[t]).mul_add(factor, ROUND)).to_bits() as i16;
+    let factor = (32_700.0 / most).min((LARGEST_SUM - 0.5 * integers.len() as f32) / sum);
+    let integers = &mut groups_mut(integers)[..n];
+    for g in 0..n {
+        let (weights, scales, mut rounded) = (weights[g], scales[g], [0; LANES]);
+        for l in 0..LANES {
+            rounded[l] = (weights[l] * scales[l]).mul_add(factor, ROUND).to_bits() as i16;
+        }
+        integers[g] = rounded;
     }
     0.5 / factor
 }

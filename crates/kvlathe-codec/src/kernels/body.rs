@@ -1,21 +1,15 @@
 //! The portable text of the kernels. Loops over tokens are innermost and free of branches, for the vectoriser, and
 //! there are no closures: the compiler would build them without the caller's instruction set.
 
+use super::Scratch;
+use super::lanes::{LANES, Lanes, load};
 use super::multiply::Multiply;
-use super::{LANES, Scratch};
 use crate::basis::StreamTables;
 use crate::block::{SIDE_BYTES_PER_TOKEN, pack_row, row_bytes};
 use crate::gain::{GUARD_SCALES, gain, gain_code, pack_side, unpack_side};
 use crate::reference::{GUARD_CANDIDATES, smallest_safe_guard};
 use crate::rope::Rotation;
 use crate::width::Width;
-
-pub(super) type Lanes = [f32; LANES];
-
-#[inline(always)]
-pub(super) fn load(values: &[f32], at: usize) -> Lanes {
-    values[at..at + LANES].try_into().expect("a slice of LANES values")
-}
 
 /// Turns the block's frame vectors `x`, component-major with `n` tokens.
 #[inline(always)]

@@ -5,7 +5,9 @@
 
 mod accumulate;
 mod body;
+mod frame;
 mod isa;
+mod lanes;
 mod levels;
 mod multiply;
 #[cfg(target_arch = "x86_64")]
@@ -13,6 +15,8 @@ mod multiply_x86;
 mod product;
 mod score;
 mod softmax;
+
+pub(crate) use lanes::LANES;
 
 pub use isa::{Isa, available_isas, best_isa};
 
@@ -43,6 +47,8 @@ pub struct Scratch {
     pub(crate) levels: Vec<i16>,
     /// `[n_queries, block_len]` queries times the mean table.
     pub(crate) mean_scores: Vec<f32>,
+    /// Even and odd parts of the queries and of those scores.
+    pub(crate) mean_parts: Vec<f32>,
     /// Gains and step factors of tokens.
     pub(crate) gains: Vec<f32>,
     pub(crate) scales: Vec<f32>,
@@ -53,9 +59,6 @@ pub struct Scratch {
     /// Doubled levels of a few coefficients over many tokens.
     pub(crate) row_levels: Vec<i16>,
 }
-
-/// Tokens that kernels work on together: every block length is a multiple, and eight f32 fill an AVX2 register.
-pub(crate) const LANES: usize = 8;
 
 /// Adding 1.5·2²³ rounds a value below 2²² to an integer and leaves it in the low bits of the mantissa.
 const ROUND: f32 = 12_582_912.0;
@@ -84,6 +87,7 @@ impl Scratch {
         fit(&mut self.units, n_queries);
         fit(&mut self.levels, n_padded * n);
         fit(&mut self.mean_scores, n_queries * n);
+        fit(&mut self.mean_parts, n_queries * (d + 2 * tables.query_tables().mean.width));
         fit(&mut self.gains, n);
         fit(&mut self.scales, n);
     }

@@ -1,12 +1,14 @@
 //! Scores in the coefficient domain; see [`crate::attend`] for the formula and [`crate::query`] for the integers.
 
+use super::frame::{score_mean, turn};
+use super::lanes::{LANES, groups, groups_mut, largest_magnitude};
 use super::levels::{unpack_pairs, unpack_sides};
 use super::multiply::Multiply;
-use super::{LANES, ROUND, Scratch};
+use super::{ROUND, Scratch};
 use crate::basis::StreamTables;
 use crate::block::SIDE_BYTES_PER_TOKEN;
 use crate::query::Queries;
-use crate::rope::{Rotation, RotationWalk};
+use crate::rope::RotationWalk;
 
 /// Blocks from a prefetch to the use of it.
 const PREFETCH_AHEAD: usize = 2;
@@ -33,6 +35,7 @@ pub(super) fn score<M: Multiply>(
         projected,
         levels,
         mean_scores,
+        mean_parts,
         gains,
         scales,
         units,
@@ -52,7 +55,7 @@ pub(super) fn score<M: Multiply>(
             Some(walk) => turn(walk.rotation(), &queries.scaled, turned, d),
             None => turned.copy_from_slice(&queries.scaled),
         }
-        M::multiply(turned, &query_tables.mean, mean_scores, (d, n));
+        score_mean::<M>(&query_tables.mean, turned, mean_parts, mean_scores, (d, n));
         let (side, rows) = packed.split_at(n * SIDE_BYTES_PER_TOKEN);
         if n_padded > 0 {
             round_all(turned, turned_i16);
@@ -80,10 +83,18 @@ pub(super) fn score<M: Multiply>(
             let (factor, unit) = (queries.factors[q], units[q]);
             let scores = &mut scores[q * n_tokens + b * n..][..n];
             let (dots, means) = (&dots[q * n..][..n], &mean_scores[q * n..][..n]);
-            let (gains, scales) = (&gains[..n], &scales[..n]);
-            for t in 0..n {
-                let shape = (dots[t] as f32).mul_add(scales[t] * unit, means[t]);
-                scores[t] = shape * (gains[t] * factor);
+            let n = n / LANES;
+            let (dots, means) = (&groups(dots)[..n], &groups(means)[..n]);
+            let (gains, scales) = (&groups(gains)[..n], &groups(scales)[..n]);
+            let scores = &mut groups_mut(scores)[..n];
+            for g in 0..n {
+                let (dots, means, gains, scales) = (dots[g], means[g], gains[g], scales[g]);
+                let mut finished = [0.0; LANES];
+                for l in 0..LANES {
+                    let shape = (dots[l] as f32).mul_add(scales[l] * unit, means[l]);
+                    finished[l] = shape * (gains[l] * factor);
+                }
+                scores[g] = finished;
             }
         }
         if let Some(walk) = &mut walk {
@@ -105,63 +116,41 @@ fn prefetch(bytes: &[u8]) {
     let _ = bytes;
 }
 
-/// Rounds values below 2¹⁵ in magnitude to the nearest integers.
+/// Rounds values below 2¹⁵ in magnitude to the nearest integers, a multiple of eight of them.
 #[inline(always)]
 fn round_all(values: &[f32], rounded: &mut [i16]) {
-    let rounded = &mut rounded[..values.len()];
-    for i in 0..values.len() {
-        rounded[i] = (values[i] + ROUND).to_bits() as i16;
+    let values = groups(values);
+    let rounded = &mut groups_mut(rounded)[..values.len()];
+    for g in 0..values.len() {
+        let (values, mut integers) = (values[g], [0; LANES]);
+        for l in 0..LANES {
+            integers[l] = (values[l] + ROUND).to_bits() as i16;
+        }
+        rounded[g] = integers;
     }
 }
 
-/// One query's products with the columns, to integers of which the largest is ±`largest`; returns what one is worth.
+/// One query's products with the columns, to integers of which the largest is ±`most`; returns what one is worth.
 #[inline(always)]
 fn project(
     products: &[i32],
     column_units: &[f32],
-    largest: f32,
+    most: f32,
     coefficients: &mut [f32],
     projected: &mut [i16],
 ) -> f32 {
+    // Plain loops: vectors are padded to whole registers.
     let n = products.len();
     let (column_units, coefficients, projected) =
         (&column_units[..n], &mut coefficients[..n], &mut projected[..n]);
-    let mut most = [0.0f32; LANES];
-    for i in (0..n).step_by(LANES) {
-        let (products, units) = (&products[i..i + LANES], &column_units[i..i + LANES]);
-        let coefficients = &mut coefficients[i..i + LANES];
-        for l in 0..LANES {
-            coefficients[l] = products[l] as f32 * units[l];
-            most[l] = if coefficients[l].abs() > most[l] { coefficients[l].abs() } else { most[l] };
-        }
+    for i in 0..n {
+        coefficients[i] = products[i] as f32 * column_units[i];
     }
-    let mut magnitude = 0.0f32;
-    for l in 0..LANES {
-        magnitude = magnitude.max(most[l]);
-    }
+    let magnitude = largest_magnitude(coefficients);
     // A query that no column sees: any factor will do.
-    let factor = if magnitude > 0.0 { largest / magnitude } else { 0.0 };
+    let factor = if magnitude > 0.0 { most / magnitude } else { 0.0 };
     for i in 0..n {
         projected[i] = coefficients[i].mul_add(factor, ROUND).to_bits() as i16;
     }
     if magnitude > 0.0 { 1.0 / factor } else { 0.0 }
-}
-
-/// Turns queries whose pairs lie half-split.
-#[inline(always)]
-fn turn(rotation: &Rotation, queries: &[f32], turned: &mut [f32], d: usize) {
-    let (cos, sin) = (rotation.cos(), rotation.sin());
-    let pairs = cos.len();
-    for first in (0..queries.len()).step_by(d) {
-        let (from, to) = (&queries[first..first + d], &mut turned[first..first + d]);
-        let (a, b, rest) = (&from[..pairs], &from[pairs..2 * pairs], &from[2 * pairs..]);
-        let (to_a, to_rest) = to.split_at_mut(pairs);
-        let (to_b, to_rest) = to_rest.split_at_mut(pairs);
-        let sin = &sin[..pairs];
-        for i in 0..pairs {
-            to_a[i] = a[i].mul_add(cos[i], -(b[i] * sin[i]));
-            to_b[i] = b[i].mul_add(cos[i], a[i] * sin[i]);
-        }
-        to_rest.copy_from_slice(rest);
-    }
 }

@@ -2,6 +2,7 @@
 //! 2018): scores become weights, and a running maximum and sum are kept for each query.
 
 use super::ROUND;
+use super::lanes::{larger, largest, total};
 use super::multiply::Multiply;
 
 /// Scores that are worked on side by side: one AVX-512 register.
@@ -41,7 +42,7 @@ pub(super) fn weigh<M: Multiply>(
 ) {
     for q in 0..max.len() {
         let scores = &mut scores[q * n..(q + 1) * n];
-        let largest = largest(scores).max(max[q]);
+        let largest = larger(largest_score(scores), max[q]);
         if largest == f32::NEG_INFINITY {
             scores.fill(0.0);
             rescale[q] = 1.0;
@@ -55,23 +56,20 @@ pub(super) fn weigh<M: Multiply>(
 
 /// The largest score; NaN counts as less than all.
 #[inline(always)]
-fn largest(scores: &[f32]) -> f32 {
+fn largest_score(scores: &[f32]) -> f32 {
     let (chunks, rest) = scores.as_chunks::<WIDE>();
     let mut lanes = [f32::NEG_INFINITY; WIDE];
     for c in 0..chunks.len() {
         let chunk = &chunks[c];
         for l in 0..WIDE {
-            lanes[l] = if chunk[l] > lanes[l] { chunk[l] } else { lanes[l] };
+            lanes[l] = larger(chunk[l], lanes[l]);
         }
     }
-    let mut largest = f32::NEG_INFINITY;
-    for l in 0..WIDE {
-        largest = largest.max(lanes[l]);
-    }
+    let mut most = largest(lanes);
     for score in rest {
-        largest = largest.max(*score);
+        most = larger(*score, most);
     }
-    largest
+    most
 }
 
 /// Replaces scores by e^(score − largest) and adds them up.
@@ -86,15 +84,12 @@ fn exponentials(scores: &mut [f32], largest: f32) -> f32 {
             lanes[l] += chunk[l];
         }
     }
-    let mut total = 0.0;
-    for l in 0..WIDE {
-        total += lanes[l];
-    }
+    let mut sum = total(lanes);
     for score in rest {
         *score = exp(*score - largest);
-        total += *score;
+        sum += *score;
     }
-    total
+    sum
 }
 
 #[cfg(test)]

@@ -1,0 +1,70 @@
+//! Values that are worked on side by side.
+
+/// Values that kernels work on together: every block length is a multiple, and eight f32 fill an AVX2 register.
+pub(crate) const LANES: usize = 8;
+
+pub(super) type Lanes = [f32; LANES];
+
+/// Eight values from `at` on.
+#[inline(always)]
+pub(super) fn load(values: &[f32], at: usize) -> Lanes {
+    values[at..at + LANES].try_into().expect("a slice of LANES values")
+}
+
+/// Whole groups of lanes; what is left over is the caller's.
+#[inline(always)]
+pub(super) fn groups<T>(values: &[T]) -> &[[T; LANES]] {
+    values.as_chunks().0
+}
+
+/// As [`groups`], to be written.
+#[inline(always)]
+pub(super) fn groups_mut<T>(values: &mut [T]) -> &mut [[T; LANES]] {
+    values.as_chunks_mut().0
+}
+
+/// The sum of all lanes; halves are added, so that no addition waits for more than three others.
+#[inline(always)]
+pub(super) fn total<const N: usize>(mut lanes: [f32; N]) -> f32 {
+    let mut half = N / 2;
+    while half > 0 {
+        for l in 0..half {
+            lanes[l] += lanes[l + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// The largest lane; NaN counts as less than all.
+#[inline(always)]
+pub(super) fn largest<const N: usize>(mut lanes: [f32; N]) -> f32 {
+    let mut half = N / 2;
+    while half > 0 {
+        for l in 0..half {
+            lanes[l] = larger(lanes[l + half], lanes[l]);
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// The largest |value| of a multiple of eight values.
+#[inline(always)]
+pub(super) fn largest_magnitude(values: &[f32]) -> f32 {
+    let values = groups(values);
+    let mut lanes = [0.0f32; LANES];
+    for g in 0..values.len() {
+        let group = &values[g];
+        for l in 0..LANES {
+            lanes[l] = larger(group[l].abs(), lanes[l]);
+        }
+    }
+    largest(lanes)
+}
+
+/// `a` if it is larger, else `b`: one instruction, unlike [`f32::max`].
+#[inline(always)]
+pub(super) fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
