@@ -6,7 +6,8 @@
         --contexts 128 2048 8192 16384 32768 --only-ours 131072
 
 Caches are filled with random keys and values (a step's time does not depend on them). Then single tokens are decoded,
-the caches in turn, and medians are compared: ratios are of one run. Run it on an idle machine.
+in several rounds of a few steps for each cache in turn, and medians are compared: ratios are of one run. Run it on an
+idle machine.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from kvlathe import CompressedDynamicCache, Preset, attach, detach, load_model
 from kvlathe.presets import smollm2
 
 FILL_TOKENS = 2048
+N_ROUNDS = 4
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 2048, 8000])
     parser.add_argument("--only-ours", type=int, nargs="*", default=[], help="contexts for our cache alone")
     parser.add_argument("--quantized", action="store_true", help="also transformers' QuantizedCache (fp8)")
-    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=5, help="of each of the four rounds")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     parser.add_argument("--plot", type=Path, help="draw them")
     return parser.parse_args()
@@ -71,7 +73,6 @@ class Contender:
     @torch.no_grad()
     def decode_one(self, cache: Cache) -> float:
         """Milliseconds of one step; the token is removed again where the cache can."""
-        (attach if self.attached else detach)(self.model)
         start = time.perf_counter()
         self.model(input_ids=torch.tensor([[5]]), past_key_values=cache, use_cache=True)
         ms = 1000 * (time.perf_counter() - start)
@@ -87,11 +88,6 @@ def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
         "stock float32": Contender(in_float32, DynamicCache),
         "stock bfloat16": Contender(in_bfloat16, DynamicCache),
     }
-    if arguments.quantized:
-        found["HF fp8"] = Contender(
-            in_bfloat16, lambda: QuantizedCache(backend="fp8", config=in_bfloat16.config)
-        )
-
     def compressed(bits: float) -> Callable[[], Cache]:
         preset = Preset.load(arguments.preset).with_bits(bits)
         return lambda: CompressedDynamicCache.from_preset(preset, uncompressed_tail=128)
@@ -100,6 +96,10 @@ def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
     found[f"ours {middle:g} float32"] = Contender(in_float32, compressed(middle), attached=True)
     for bits in arguments.bits:
         found[f"ours {bits:g}"] = Contender(in_bfloat16, compressed(bits), attached=True)
+    if arguments.quantized:
+        found["HF fp8"] = Contender(
+            in_bfloat16, lambda: QuantizedCache(backend="fp8", config=in_bfloat16.config)
+        )
     return found
 
 
@@ -108,11 +108,11 @@ def measure(
 ) -> dict[str, float]:
     caches = {name: contender.fill(n_tokens, shape) for name, contender in running.items()}
     times: dict[str, list[float]] = {name: [] for name in running}
-    for step in range(n_steps + 2):
+    for _ in range(N_ROUNDS):
         for name, contender in running.items():
-            ms = contender.decode_one(caches[name])
-            if step >= 2:  # the first ones warm up
-                times[name].append(ms)
+            (attach if contender.attached else detach)(contender.model)
+            contender.decode_one(caches[name])  # warms up
+            times[name] += [contender.decode_one(caches[name]) for _ in range(n_steps)]
     return {name: statistics.median(series) for name, series in times.items()}
 
 

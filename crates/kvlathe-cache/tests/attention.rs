@@ -159,6 +159,7 @@ fn float32_shapes() {
         Case { group: 1, d: 80, ..case() },
         Case { group: 16, d: 128, heads: 1, ..case() },
         Case { d: 256, heads: 1, group: 2, ..case() },
+        Case { d: 96, group: 2, n_queries: 2, ..case() },
         Case { n_queries: 9, ..case() },
         Case { batch: 3, masked: true, n_queries: 5, ..case() },
         Case { softcap: Some(2.0), ..case() },
@@ -221,4 +222,11 @@ fn what_does_not_fit_is_refused() {
     assert!(message.contains("query heads"), "{message}");
     let short_mask = AttentionOptions { mask: Some(&[1; 3]), ..AttentionOptions::default() };
     assert!(cache.attend(view, short_mask, &mut out, 1).is_err());
+    // More queries than tokens can only be a mistake; none at all is no work.
+    let none = TensorView::contiguous(&x, [1, 2, 0, 8]).unwrap();
+    cache.attend(none, AttentionOptions::default(), &mut [], 1).unwrap();
+    let many = wave(1, 2 * 3 * 8);
+    let many = TensorView::contiguous(&many, [1, 2, 3, 8]).unwrap();
+    let message = cache.attend(many, AttentionOptions::default(), &mut [0.0; 48], 1).unwrap_err().to_string();
+    assert!(message.contains("beyond the tokens held"), "{message}");
 }

@@ -84,6 +84,9 @@ impl<E: Element> LayerCache<E> {
             return Err(CacheError::NotFused);
         };
         self.check_queries(&queries, keys.head_dim(), &options, out.len(), values.head_dim())?;
+        if out.is_empty() {
+            return Ok(());
+        }
         let work = batch * query_heads * n_queries * self.n_tokens() * (dim + values.head_dim());
         let n_threads = if work < WORTH_WAKING { 1 } else { n_threads.max(1) };
         self.attend_on(n_threads, &queries, options, out, (keys, values))
@@ -202,6 +205,7 @@ impl<E: Element> LayerCache<E> {
             ("head_dim of the queries", dim, key_dim),
             ("the number of query heads over that of KV heads, remainder", query_heads % heads, 0),
             ("the size of the attention mask", masked, if mask_fits { masked } else { batch * per_row }),
+            ("queries beyond the tokens held", n_queries.saturating_sub(self.n_tokens()), 0),
             ("the size of the attention output", out_len, batch * n_queries * query_heads * value_dim),
         ] {
             if given != expected {
