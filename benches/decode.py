@@ -88,6 +88,7 @@ def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
         "stock float32": Contender(in_float32, DynamicCache),
         "stock bfloat16": Contender(in_bfloat16, DynamicCache),
     }
+
     def compressed(bits: float) -> Callable[[], Cache]:
         preset = Preset.load(arguments.preset).with_bits(bits)
         return lambda: CompressedDynamicCache.from_preset(preset, uncompressed_tail=128)
@@ -126,7 +127,9 @@ def draw(results: dict[str, dict[int, float]], title: str, path: Path) -> None:
     for name, by_context in results.items():
         style = "o-" if name.startswith("ours") else "s--"
         axes.plot(list(by_context), list(by_context.values()), style, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="ms a decoded token", title=title)
+    axes.set(
+        xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="ms a decoded token", title=title
+    )
     ticks = sorted({n for by_context in results.values() for n in by_context})
     axes.set_xticks(ticks, [f"{n // 1000}K" if n >= 1000 else str(n) for n in ticks])
     axes.minorticks_off()

@@ -60,8 +60,9 @@ def repeated_state(state: bytes, n_tokens: int) -> bytes:
     """A sequence's state with its cells repeated up to ``n_tokens``, at rising positions.
 
     The layout (llama.cpp, `llama_kv_cache::state_write`): a magic number and a flag (newer versions); number of
-    streams; for each the number of cells; for each cell its position, number of sequences and their ids; then a flag for transposed values, the number of layers, and for keys
-    and for values by layer: type, bytes of a row, rows.
+    streams; for each the number of cells; for each cell its position, number of sequences and their ids; then a
+    flag for transposed values, the number of layers, and for keys and for values by layer: type, bytes of a row,
+    rows.
     """
     view = memoryview(state)
     at = 0
@@ -83,7 +84,9 @@ def repeated_state(state: bytes, n_tokens: int) -> bytes:
             cell_bytes = size
             break
     if (n_streams, n_cells) != (1, SEED_TOKENS) or cell_bytes is None:
-        raise SystemExit("this llama.cpp lays its state out differently; 0.3.36 of llama-cpp-python is known to work")
+        raise SystemExit(
+            "this llama.cpp lays its state out differently; 0.3.36 of llama-cpp-python is known to work"
+        )
     rest_of_cell = bytes(view[at + 4 : at + cell_bytes])
     at += n_cells * cell_bytes
     out = [prefix, struct.pack("<II", 1, n_tokens)]
@@ -107,9 +110,7 @@ def run_llama(arguments: argparse.Namespace) -> dict[str, dict[int, float]]:
     llama.llama_backend_init()
     silent = llama.llama_log_callback(lambda *_: None)
     llama.llama_log_set(silent, None)
-    model = llama.llama_model_load_from_file(
-        str(arguments.gguf).encode(), llama.llama_model_default_params()
-    )
+    model = llama.llama_model_load_from_file(str(arguments.gguf).encode(), llama.llama_model_default_params())
     results: dict[str, dict[int, float]] = {}
     for name, kind in CACHE_TYPES.items():
         params = llama.llama_context_default_params()
@@ -188,7 +189,8 @@ def run_ours(arguments: argparse.Namespace) -> dict[str, dict[int, float]]:
         rounds = [{n: median_ms(partial(step, n), 1) for n in caches} for _ in range(arguments.steps)]
         base = statistics.median(times[arguments.contexts[0]] for times in rounds)
         results[name] = {
-            n: base + statistics.median(times[n] - times[arguments.contexts[0]] for times in rounds) for n in caches
+            n: base + statistics.median(times[n] - times[arguments.contexts[0]] for times in rounds)
+            for n in caches
         }
         for n_tokens, ms in results[name].items():
             print(f"  {name:>15} {n_tokens:>6}: {ms:8.1f} ms", file=sys.stderr)

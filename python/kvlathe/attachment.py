@@ -149,7 +149,7 @@ def attach(model: Model) -> Model:
     ]
     if hasattr(type(model), "generate"):
         # A bound method: a deep copy of the model gets one that is bound to the copy.
-        model.generate = MethodType(_generate_in_chunks, model)  # type: ignore[method-assign,assignment]
+        model.generate = MethodType(_generate_in_chunks, model)  # type: ignore[assignment]
     _ATTACHED[model] = _Attached(implementation, hooks)
     return model
 

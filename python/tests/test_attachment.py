@@ -194,7 +194,9 @@ def test_generate_reads_prompts_in_chunks(
     attach(model)
     try:
         model.generate(
-            past_key_values=CompressedDynamicCache.from_preset(preset, uncompressed_tail=8), **common, **chosen
+            past_key_values=CompressedDynamicCache.from_preset(preset, uncompressed_tail=8),
+            **common,
+            **chosen,
         )
         ours = lengths.copy()
         lengths.clear()
@@ -216,7 +218,11 @@ def test_chunked_prefill_expands_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     cache = CompressedDynamicCache.from_preset(preset_of("llama", model), uncompressed_tail=8)
     monkeypatch.setattr("kvlathe.stores.NativeStore.read", lambda *_: pytest.fail("expanded"))
     attach(model).generate(
-        input_ids=prompt(1, 90), past_key_values=cache, max_new_tokens=3, pad_token_id=0, prefill_chunk_size=30
+        input_ids=prompt(1, 90),
+        past_key_values=cache,
+        max_new_tokens=3,
+        pad_token_id=0,
+        prefill_chunk_size=30,
     )
     assert cache.get_seq_length() == 92
 
