@@ -9,6 +9,7 @@ __all__ = [
     "NativeLayer",
     "Preset",
     "StreamSetCodec",
+    "adopt_openmp",
     "fingerprint",
     "instruction_sets",
     "version",
