@@ -49,26 +49,38 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+# Layers, KV heads, head_dim.
+Shape = tuple[int, int, int]
+
+
+def shape_of(preset: Preset) -> Shape:
+    """The shape of the caches that a preset is for."""
+    return preset.n_layers, preset.meta["kvlathe"]["n_kv_heads"], preset.meta["head_dim"]
+
+
+def fill(cache: Cache, n_tokens: int, shape: Shape, dtype: torch.dtype) -> Cache:
+    """Add random keys and values, in chunks as a prefill would bring them."""
+    n_layers, n_heads, head_dim = shape
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, n_tokens, FILL_TOKENS):
+        n = min(FILL_TOKENS, n_tokens - start)
+        for layer in range(n_layers):
+            keys, values = (
+                torch.randn((1, n_heads, n, head_dim), generator=generator).to(dtype) for _ in range(2)
+            )
+            cache.update(keys, values, layer)
+    return cache
+
+
 class Contender:
     """A model in some number format with a way to make caches."""
 
     def __init__(self, model: Any, make: Callable[[], Cache], attached: bool = False) -> None:
         self.model, self.make, self.attached = model, make, attached
 
-    def fill(self, n_tokens: int, shape: tuple[int, int, int]) -> Cache:
-        """Random keys and values, in chunks as a prefill would bring them."""
-        n_layers, n_heads, head_dim = shape
-        cache = self.make()
-        generator = torch.Generator().manual_seed(0)
-        for start in range(0, n_tokens, FILL_TOKENS):
-            n = min(FILL_TOKENS, n_tokens - start)
-            for layer in range(n_layers):
-                keys, values = (
-                    torch.randn((1, n_heads, n, head_dim), generator=generator).to(self.model.dtype)
-                    for _ in range(2)
-                )
-                cache.update(keys, values, layer)
-        return cache
+    def filled(self, n_tokens: int, shape: Shape) -> Cache:
+        """A cache of its kind with random keys and values."""
+        return fill(self.make(), n_tokens, shape, self.model.dtype)
 
     @torch.no_grad()
     def decode_one(self, cache: Cache) -> float:
@@ -104,10 +116,8 @@ def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
     return found
 
 
-def measure(
-    running: dict[str, Contender], n_tokens: int, shape: tuple[int, int, int], n_steps: int
-) -> dict[str, float]:
-    caches = {name: contender.fill(n_tokens, shape) for name, contender in running.items()}
+def measure(running: dict[str, Contender], n_tokens: int, shape: Shape, n_steps: int) -> dict[str, float]:
+    caches = {name: contender.filled(n_tokens, shape) for name, contender in running.items()}
     times: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(N_ROUNDS):
         for name, contender in running.items():
@@ -141,7 +151,6 @@ def draw(results: dict[str, dict[int, float]], title: str, path: Path) -> None:
 def main() -> int:
     arguments = parse_arguments()
     preset = Preset.load(arguments.preset)
-    shape = (preset.n_layers, preset.meta["kvlathe"]["n_kv_heads"], preset.meta["head_dim"])
     running = contenders(arguments)
     results: dict[str, dict[int, float]] = {name: {} for name in running}
     print(f"{'tokens':>8} " + " ".join(f"{name:>18}" for name in running))
@@ -151,7 +160,7 @@ def main() -> int:
             for name, contender in running.items()
             if contender.attached or n_tokens in arguments.contexts
         }
-        medians = measure(chosen, n_tokens, shape, arguments.steps)
+        medians = measure(chosen, n_tokens, shape_of(preset), arguments.steps)
         cells = [f"{medians[name]:18.1f}" if name in medians else f"{'':>18}" for name in running]
         print(f"{n_tokens:>8} " + " ".join(cells), flush=True)
         for name, ms in medians.items():

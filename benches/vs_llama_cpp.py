@@ -151,26 +151,11 @@ def run_llama(arguments: argparse.Namespace) -> dict[str, dict[int, float]]:
     return results
 
 
-def filled_cache(preset: Any, n_tokens: int) -> Any:
-    """Our cache with random keys and values."""
-    import torch
-
-    from kvlathe import CompressedDynamicCache
-
-    cache = CompressedDynamicCache.from_preset(preset, uncompressed_tail=128)
-    shape = (1, preset.meta["kvlathe"]["n_kv_heads"], SEED_TOKENS, preset.meta["head_dim"])
-    for start in range(0, n_tokens, SEED_TOKENS):
-        n = min(SEED_TOKENS, n_tokens - start)
-        for layer in range(preset.n_layers):
-            keys, values = (torch.randn(shape).bfloat16() for _ in range(2))
-            cache.update(keys[:, :, :n], values[:, :, :n], layer)
-    return cache
-
-
 def run_ours(arguments: argparse.Namespace) -> dict[str, dict[int, float]]:
     import torch
+    from decode import fill, shape_of
 
-    from kvlathe import Preset, attach, load_model
+    from kvlathe import CompressedDynamicCache, Preset, attach, load_model
 
     torch.set_num_threads(arguments.threads)
     model = attach(load_model(arguments.model, dtype=torch.bfloat16).model)
@@ -178,7 +163,15 @@ def run_ours(arguments: argparse.Namespace) -> dict[str, dict[int, float]]:
     for bits in arguments.bits:
         preset = Preset.load(arguments.preset).with_bits(bits)
         name = f"ours {bits:g}"
-        caches = {n: filled_cache(preset, n) for n in arguments.contexts}
+        caches = {
+            n: fill(
+                CompressedDynamicCache.from_preset(preset, uncompressed_tail=128),
+                n,
+                shape_of(preset),
+                torch.bfloat16,
+            )
+            for n in arguments.contexts
+        }
 
         def step(n_tokens: int) -> None:
             with torch.no_grad():

@@ -110,13 +110,15 @@ def _announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             cache.layers[layer_idx].attends_next = True
 
 
-def _generate_in_chunks(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+def _generate_in_chunks(
+    model: PreTrainedModel, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any
+) -> Any:
     """The model's `generate`, with a chunked prefill where the cache is ours and the caller has not chosen."""
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
+    config = generation_config or getattr(model, "generation_config", None)
     chosen = "prefill_chunk_size" in kwargs or getattr(config, "prefill_chunk_size", None) is not None
     if isinstance(kwargs.get("past_key_values"), CompressedDynamicCache) and not chosen:
         kwargs["prefill_chunk_size"] = PREFILL_CHUNK_TOKENS
-    return type(model).generate(model, *args, **kwargs)  # type: ignore[attr-defined]
+    return type(model).generate(model, inputs, generation_config, *args, **kwargs)  # type: ignore[attr-defined]
 
 
 def attach(model: Model) -> Model:

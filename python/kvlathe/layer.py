@@ -43,7 +43,6 @@ class CompressedLayer(DynamicLayer):
         self.record_past = False
         # Set by `attach`'s hook just before `update`: attention will come straight to `attend`.
         self.attends_next = False
-        self._stub: Tensor | None = None
         super().__init__()
 
     # The protocol's `keys` and `values`: expanded on demand, never kept.
@@ -135,11 +134,10 @@ class CompressedLayer(DynamicLayer):
         store.append(key_states, value_states)
         batch, heads, _, _ = key_states.shape
         stubs = []
-        if self._stub is None:
-            self._stub = key_states.new_zeros(())
+        # One element seen through zero strides: the right shape without the memory.
+        element = key_states.new_zeros(())
         for states in (key_states, value_states):
-            # One element seen through zero strides: the right shape without the memory.
-            stub = self._stub.expand(batch, heads, store.n_tokens, states.shape[3])
+            stub = element.expand(batch, heads, store.n_tokens, states.shape[3])
             stub.kvlathe_layer = self  # type: ignore[attr-defined]
             stubs.append(stub)
         return stubs[0], stubs[1]
@@ -276,7 +274,6 @@ class CompressedLayer(DynamicLayer):
         self.is_initialized = False
         self.record_past = False
         self.attends_next = False
-        self._stub = None
 
     def offload(self) -> None:
         """Nothing to do: what is held is already small, and expanded tensors are never kept."""

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from kvlathe import CalibrationOptions, CompressedDynamicCache, Preset, attach, calibrate, detach
 from kvlathe.attachment import ATTENTION_NAME
@@ -211,6 +211,23 @@ def test_generate_reads_prompts_in_chunks(
     assert ours[: len(expected)] == expected
     assert stock[0] == 80 and lengths[0] == 80
     assert "generate" not in vars(model)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(32, {}), (None, {"prefill_chunk_size": 512})])
+def test_a_chunk_size_in_a_config_given_by_position_counts(
+    monkeypatch: pytest.MonkeyPatch, given: int | None, expected: dict[str, int]
+) -> None:
+    model = tiny("llama")
+    cache = CompressedDynamicCache.from_preset(preset_of("llama", model), uncompressed_tail=8)
+    seen: dict[str, object] = {}
+
+    def generate(self: object, inputs: object, generation_config: object, **kwargs: object) -> None:
+        seen.update(kwargs)
+
+    monkeypatch.setattr(type(model), "generate", generate)
+    attach(model).generate(prompt(1, 8), GenerationConfig(prefill_chunk_size=given), past_key_values=cache)
+    del seen["past_key_values"]
+    assert seen == expected
 
 
 def test_chunked_prefill_expands_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,16 +4,16 @@
 //! *At peak* is the time that the multiply-adds alone would take at the peak rate of the same instruction set, as a
 //! share of the time taken. GB/s counts packed bytes, read once.
 
+mod three_bits;
+
 use std::hint::black_box;
 use std::time::Instant;
 
 use kvlathe_codec::{
-    Basis, CoefficientSums, Isa, Pairing, Queries, Rope, Scratch, StreamTables, Tokens, Width,
-    available_isas, weigh,
+    CoefficientSums, Isa, Pairing, Queries, Rope, Scratch, StreamTables, Tokens, available_isas, weigh,
 };
+use three_bits::{BLOCK_LEN, HEAD_DIM, activations, basis};
 
-const HEAD_DIM: usize = 64;
-const BLOCK_LEN: usize = 32;
 const N_BLOCKS: usize = 32;
 const N_TOKENS: usize = N_BLOCKS * BLOCK_LEN;
 /// Columns of a matrix are rounded up to whole registers.
@@ -164,26 +164,10 @@ struct Run {
 
 impl Run {
     fn new(isa: Isa, n_queries: usize) -> Self {
-        let mut synthesis = vec![0.0; HEAD_DIM * HEAD_DIM];
-        for i in 0..HEAD_DIM {
-            for j in 0..HEAD_DIM {
-                synthesis[i * HEAD_DIM + j] =
-                    ((i * 31 + j * 17) as f32).sin() + if i == j { 8.0 } else { 0.0 };
-            }
-        }
-        let widths = (0..HEAD_DIM)
-            .map(|i| match i {
-                0..4 => Width::W8,
-                4..34 => Width::W4,
-                34..50 => Width::W2,
-                _ => Width::W0,
-            })
-            .collect();
-        let basis = Basis { mean: vec![0.1; HEAD_DIM], synthesis, importance: vec![1.0; HEAD_DIM], widths };
         let inv_freq = (0..HEAD_DIM / 2).map(|i| 0.7f64.powi(i as i32)).collect();
         let rope = Rope::new(Pairing::HalfSplit, HEAD_DIM, inv_freq).expect("a valid rope");
-        let tables = StreamTables::new(&basis, Some(&rope), BLOCK_LEN).expect("a valid basis");
-        let x: Vec<f32> = (0..BLOCK_LEN * HEAD_DIM).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
+        let tables = StreamTables::new(&basis(), Some(&rope), BLOCK_LEN).expect("a valid basis");
+        let x = activations();
         let mut packed = vec![0; tables.block_bytes()];
         let tokens = Tokens { data: &x[..], token_stride: HEAD_DIM };
         tables

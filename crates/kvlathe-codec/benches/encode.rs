@@ -2,38 +2,18 @@
 //!
 //! A "token" here is one stream's vector; a model has layers × KV heads × 2 of them a token.
 
-use divan::counter::ItemsCount;
-use kvlathe_codec::{Basis, Isa, Scratch, StreamTables, Tokens, Width, available_isas};
+mod three_bits;
 
-const HEAD_DIM: usize = 64;
-const BLOCK_LEN: usize = 32;
+use divan::counter::ItemsCount;
+use kvlathe_codec::{Isa, Scratch, StreamTables, Tokens, available_isas};
+use three_bits::{BLOCK_LEN, HEAD_DIM, activations, basis};
 
 fn main() {
     divan::main();
 }
 
-/// About three bits a value, as the allocation gives it.
 fn three_bit_tables() -> StreamTables {
-    let mut synthesis = vec![0.0; HEAD_DIM * HEAD_DIM];
-    for i in 0..HEAD_DIM {
-        for j in 0..HEAD_DIM {
-            synthesis[i * HEAD_DIM + j] = ((i * 31 + j * 17) as f32).sin() + if i == j { 8.0 } else { 0.0 };
-        }
-    }
-    let widths = (0..HEAD_DIM)
-        .map(|i| match i {
-            0..4 => Width::W8,
-            4..34 => Width::W4,
-            34..50 => Width::W2,
-            _ => Width::W0,
-        })
-        .collect();
-    let basis = Basis { mean: vec![0.1; HEAD_DIM], synthesis, importance: vec![1.0; HEAD_DIM], widths };
-    StreamTables::new(&basis, None, BLOCK_LEN).expect("a valid basis")
-}
-
-fn activations() -> Vec<f32> {
-    (0..BLOCK_LEN * HEAD_DIM).map(|i| (i as f32 * 0.37).sin() * 3.0).collect()
+    StreamTables::new(&basis(), None, BLOCK_LEN).expect("a valid basis")
 }
 
 fn isa_named(name: &str) -> Option<Isa> {

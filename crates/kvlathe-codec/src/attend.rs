@@ -14,8 +14,8 @@
 use std::ops::Range;
 
 use crate::basis::StreamTables;
-use crate::error::{Result, check_len};
-use crate::kernels::{self, Isa, Scratch};
+use crate::error::{CodecError, Result, check_len};
+use crate::kernels::{self, Isa, LANES, Scratch};
 use crate::query::Queries;
 use crate::rope::RotationWalk;
 
@@ -58,9 +58,9 @@ impl CoefficientSums {
     pub fn add(&mut self, query: usize, other: &Self, factor: f32) {
         let range = self.of(query);
         for (sum, more) in self.sums[range.clone()].iter_mut().zip(&other.sums[range]) {
-            *sum = more.mul_add(factor, *sum);
+            *sum += more * factor;
         }
-        self.mean_weights[query] = other.mean_weights[query].mul_add(factor, self.mean_weights[query]);
+        self.mean_weights[query] += other.mean_weights[query] * factor;
     }
 }
 
@@ -71,7 +71,7 @@ impl StreamTables {
     /// fetched into the cache meanwhile.
     ///
     /// # Errors
-    /// Buffers of another length than the shapes ask for, a head_dim that is not even.
+    /// Buffers of another length than the shapes ask for, a head_dim that is no multiple of eight.
     #[expect(clippy::too_many_arguments, reason = "what one call of attention needs")]
     pub fn score_blocks(
         &self,
@@ -84,7 +84,14 @@ impl StreamTables {
         scratch: &mut Scratch,
     ) -> Result<()> {
         let n = queries.len();
-        check_len("the queries", queries.scaled.len(), n * self.head_dim.next_multiple_of(2))?;
+        if !self.head_dim.is_multiple_of(LANES) {
+            return Err(CodecError::Range {
+                what: "head_dim of keys that are scored in packed form",
+                given: self.head_dim,
+                expected: "a multiple of 8",
+            });
+        }
+        check_len("the queries", queries.scaled.len(), n * self.head_dim)?;
         check_len("the scores", scores.len(), n * blocks.len() * self.block_len)?;
         self.check_blocks(blocks)?;
         scratch.fit_scores(self, n);

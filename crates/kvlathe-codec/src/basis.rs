@@ -63,8 +63,6 @@ pub struct StreamTables {
     pub(crate) shape_mean: Vec<f32>,
     /// `[n_coded]`: cost of a squared error of one step, λᵢ·Δᵢ².
     pub(crate) step_cost: Vec<f32>,
-    /// μ itself.
-    pub(crate) mean: Vec<f32>,
     pub(crate) rope: Option<Rope>,
     query_tables: OnceLock<QueryTables>,
 }
@@ -99,7 +97,6 @@ impl StreamTables {
             rows_of_width: [Width::W8, Width::W4, Width::W2]
                 .map(|width| coded.iter().filter(|c| c.width == width).count()),
             coded,
-            mean: basis.mean.clone(),
             rope: rope.cloned(),
             query_tables: OnceLock::new(),
         };
@@ -123,6 +120,12 @@ impl StreamTables {
     /// Coefficients rounded up to whole vectors.
     pub(crate) fn n_padded(&self) -> usize {
         self.coded.len().next_multiple_of(PADDING)
+    }
+
+    /// μ of one component: at the block's middle, where nothing is turned.
+    #[inline(always)]
+    pub(crate) fn mean(&self, component: usize) -> f32 {
+        self.shape_mean[component * self.block_len + self.block_len / 2]
     }
 
     /// What scoring needs; made on first use, because values never do.

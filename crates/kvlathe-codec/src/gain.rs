@@ -24,41 +24,40 @@ pub const GUARD_SCALES: [f32; 16] =
     [0.75, 0.84, 0.92, 1.0, 1.09, 1.19, 1.3, 1.42, 1.6, 1.85, 2.3, 3.2, 6.0, 24.0, 256.0, 16384.0];
 
 /// 2^(i/32) for a fraction of an octave; the rest of a gain code is an exponent.
-static GAINS_OF_AN_OCTAVE: [f32; 32] = octave();
-
-/// 2^(i/32) as the products of 2^(1/2), 2^(1/4) … in f64.
-const fn octave() -> [f32; 32] {
-    // Square roots by Newton's iteration: powers are not const.
-    let mut roots = [0.0f64; 5];
-    let mut square = 2.0f64;
-    let mut bit = 0;
-    while bit < 5 {
-        let mut root = square;
-        let mut step = 0;
-        while step < 12 {
-            root = 0.5 * (root + square / root);
-            step += 1;
-        }
-        roots[bit] = root;
-        square = root;
-        bit += 1;
-    }
-    let mut gains = [0.0f32; 32];
-    let mut i = 0;
-    while i < 32 {
-        let mut product = 1.0f64;
-        let mut bit = 0;
-        while bit < 5 {
-            if i >> (4 - bit) & 1 == 1 {
-                product *= roots[bit];
-            }
-            bit += 1;
-        }
-        gains[i] = product as f32;
-        i += 1;
-    }
-    gains
-}
+static GAINS_OF_AN_OCTAVE: [f32; 32] = [
+    1.0,
+    1.021_897_2,
+    1.044_273_7,
+    1.067_140_5,
+    1.090_507_7,
+    1.114_386_8,
+    1.138_788_6,
+    1.163_724_9,
+    1.189_207_1,
+    1.215_247_4,
+    1.241_857_8,
+    1.269_051,
+    1.296_839_6,
+    1.325_236_7,
+    1.354_255_6,
+    1.38391,
+    std::f32::consts::SQRT_2,
+    1.445_180_8,
+    1.476_826_2,
+    1.509_164_5,
+    1.542_210_8,
+    1.575_980_9,
+    1.610_490_3,
+    1.645_755_5,
+    1.681_792_9,
+    1.718_619_3,
+    1.756_252_2,
+    1.794_709_1,
+    1.834_008_1,
+    1.874_167_7,
+    1.915_206_6,
+    1.957_144_1,
+];
 
 /// The gain code of a token whose components have the mean square `mean_square` = ‖x‖²/d.
 ///

@@ -38,7 +38,7 @@ impl QueryTables {
             .map(|i| (0..d).map(|j| tables.synthesis[j * n_coded + i].powi(2)).sum::<f32>().sqrt())
             .collect();
 
-        let mut synthesis = vec![0i16; d.next_multiple_of(2) * n_padded];
+        let mut synthesis = vec![0i16; d * n_padded];
         for (j, &component) in order.iter().enumerate() {
             for (i, norm) in norms.iter().enumerate().filter(|(_, norm)| **norm > 0.0) {
                 let value = tables.synthesis[component * n_coded + i] * (NORM / norm);
@@ -78,7 +78,7 @@ impl MeanTables {
         let inv_freq = tables.rope.as_ref().map_or(&[][..], Rope::inv_freq);
         let (n_pairs, width) = (inv_freq.len(), (n / 2).max(LANES));
         let n_even = d - n_pairs;
-        let mean: Vec<f64> = order.iter().map(|&j| f64::from(tables.mean[j])).collect();
+        let mean: Vec<f64> = order.iter().map(|&j| f64::from(tables.mean(j))).collect();
         let mut turned = mean.clone();
         let (mut even, mut odd) = (vec![1.0; n_even * width], vec![0.0; n_pairs * width]);
         for (j, &frequency) in inv_freq.iter().enumerate() {

@@ -193,3 +193,14 @@ fn even_weights_over_many_tokens_do_not_overflow() {
         }
     }
 }
+
+#[test]
+fn scoring_refuses_vectors_that_are_no_whole_groups() {
+    let tables = tables(12, 8, None, [Width::W4; 4], true);
+    let (mut queries, mut scratch) = (Queries::default(), Scratch::default());
+    queries.set(&tables, &wave(1, 12));
+    let packed = vec![0; tables.block_bytes()];
+    let scored =
+        tables.score_blocks(Isa::Portable, &[&packed], None, &queries, &[], &mut [0.0; 8], &mut scratch);
+    assert!(scored.unwrap_err().to_string().contains("a multiple of 8"));
+}

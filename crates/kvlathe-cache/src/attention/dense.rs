@@ -6,9 +6,9 @@
 
 use std::ops::Range;
 
-use kvlathe_codec::{Element, best_isa, product, weigh};
+use kvlathe_codec::{Element, best_isa, product};
 
-use super::head::Head;
+use super::head::{Head, Place};
 use super::partial::Partial;
 use super::visibility::Sight;
 use super::workspace::Workspace;
@@ -21,13 +21,9 @@ const TILE_TOKENS: usize = 256;
 /// Queries that go through a tile together: their scores stay in the first-level cache.
 const TOGETHER: usize = 24;
 
-/// A tile's place among the tokens.
-#[derive(Clone, Copy)]
-struct Place {
-    first: usize,
-    n_tokens: usize,
-    /// `n_tokens` rounded up to whole vectors.
-    width: usize,
+/// A place whose width is whole vectors.
+fn padded(first: usize, n_tokens: usize) -> Place {
+    Place { first, n_tokens, width: n_tokens.next_multiple_of(16) }
 }
 
 impl<E: Element> Head<'_, E> {
@@ -53,12 +49,7 @@ impl<E: Element> Head<'_, E> {
         let together = TILE_TOKENS / block_len;
         for at in (0..n_blocks).step_by(together) {
             let blocks = at..n_blocks.min(at + together);
-            let n_tokens = blocks.len() * block_len;
-            let place = Place {
-                first: self.key.n_sinks_held() + at * block_len,
-                n_tokens,
-                width: n_tokens.next_multiple_of(16),
-            };
+            let place = padded(self.key.n_sinks_held() + at * block_len, blocks.len() * block_len);
             if self.sees_any(&rows, place) {
                 self.fill_decoded(blocks, place, workspace)?;
                 self.attend_tile(&rows, place, &mut partial, workspace);
@@ -127,33 +118,17 @@ impl<E: Element> Head<'_, E> {
         partial: &mut Partial,
         workspace: &mut Workspace,
     ) {
-        let Workspace { tile_keys, tile_values, scores, rescale, added, .. } = workspace;
-        let (key_dim, value_dim, isa) = (self.keys.head_dim(), self.values.head_dim(), best_isa());
-        let tokens = place.first..place.first + place.n_tokens;
+        let Workspace { tile_keys, tile_values, scores, sums, .. } = workspace;
+        let key_dim = self.keys.head_dim();
         for start in rows.clone().step_by(TOGETHER) {
             let run = start..rows.end.min(start + TOGETHER);
-            if matches!(self.visibility.sight(run.clone(), tokens.clone()), Sight::None) {
+            if !self.sees_any(&run, place) {
                 continue;
             }
             scores.resize(run.len() * place.width, 0.0);
-            rescale.resize(run.len(), 1.0);
-            added.resize(run.len() * value_dim, 0.0);
             let queries = &self.queries[run.start * key_dim..run.end * key_dim];
-            product(isa, queries, tile_keys, scores, (key_dim, place.width));
-            self.cap(scores);
-            self.visibility.hide(scores, (place.width, place.n_tokens), place.first, run.clone());
-            let here = run.start - rows.start..run.end - rows.start;
-            let (max, sum) = (&mut partial.max[here.clone()], &mut partial.sum[here.clone()]);
-            weigh(isa, scores, place.width, max, sum, rescale);
-            product(isa, scores, tile_values, added, (place.width, value_dim));
-            let out = &mut partial.out[here.start * value_dim..here.end * value_dim];
-            for ((out, added), factor) in
-                out.chunks_exact_mut(value_dim).zip(added.chunks_exact(value_dim)).zip(&*rescale)
-            {
-                for (o, a) in out.iter_mut().zip(added) {
-                    *o = *o * factor + a;
-                }
-            }
+            product(best_isa(), queries, tile_keys, scores, (key_dim, place.width));
+            self.add_tile(scores, tile_values, place, (run, start - rows.start), partial, sums);
         }
     }
 }

@@ -9,12 +9,21 @@ use kvlathe_codec::{
 use super::AttentionOptions;
 use super::partial::Partial;
 use super::visibility::Visibility;
-use super::workspace::Workspace;
+use super::workspace::{TileSums, Workspace};
 use crate::error::Result;
 use crate::side::SideRow;
 
 /// Exact tokens that are multiplied together: their keys and values stay in the second-level cache.
 const TILE_TOKENS: usize = 256;
+
+/// A tile's place among the tokens.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    pub(super) first: usize,
+    pub(super) n_tokens: usize,
+    /// Columns of its scores: `n_tokens` and padding.
+    pub(super) width: usize,
+}
 
 /// The work of one KV head of one sequence.
 pub(super) struct Head<'a, E> {
@@ -42,7 +51,7 @@ impl<E: Element> Head<'_, E> {
         &self.values.streams()[self.head]
     }
 
-    pub(super) fn cap(&self, scores: &mut [f32]) {
+    fn cap(&self, scores: &mut [f32]) {
         if let Some(cap) = self.options.softcap {
             scores.iter_mut().for_each(|s| *s = cap * (*s / cap).tanh());
         }
@@ -50,7 +59,7 @@ impl<E: Element> Head<'_, E> {
 
     /// Packed blocks `range`.
     pub(super) fn blocks(&self, range: Range<usize>, workspace: &mut Workspace) -> Result<Partial> {
-        let Workspace { scratch, queries, scores, rescale, .. } = workspace;
+        let Workspace { scratch, queries, scores, sums: TileSums { rescale, .. }, .. } = workspace;
         let (n, block_len, isa) = (self.n(), self.keys.block_len(), best_isa());
         let (keys, values) = (self.key_stream(), self.value_stream());
         let n_tokens = range.len() * block_len;
@@ -111,22 +120,38 @@ impl<E: Element> Head<'_, E> {
         partial: &mut Partial,
         workspace: &mut Workspace,
     ) {
-        let Workspace { scores, rescale, wide, added, .. } = workspace;
-        let (n, key_dim, value_dim) = (self.n(), self.keys.head_dim(), self.values.head_dim());
-        let (n_tokens, isa) = (keys.len() / key_dim, best_isa());
+        let Workspace { scores, wide, sums, .. } = workspace;
+        let (n, key_dim) = (self.n(), self.keys.head_dim());
+        let n_tokens = keys.len() / key_dim;
         scores.resize(n * n_tokens, 0.0);
-        row_products(isa, self.queries, E::widen(keys, wide), scores, (key_dim, n_tokens));
-        self.cap(scores);
-        self.visibility.hide(scores, (n_tokens, n_tokens), first, 0..n);
-        rescale.resize(n, 1.0);
-        weigh(isa, scores, n_tokens, &mut partial.max, &mut partial.sum, rescale);
+        row_products(best_isa(), self.queries, E::widen(keys, wide), scores, (key_dim, n_tokens));
+        let place = Place { first, n_tokens, width: n_tokens };
+        self.add_tile(scores, E::widen(values, wide), place, (0..n, 0), partial, sums);
+    }
 
-        added.resize(n * value_dim, 0.0);
-        product(isa, scores, E::widen(values, wide), added, (n_tokens, value_dim));
-        for q in 0..n {
-            let run = q * value_dim..(q + 1) * value_dim;
-            for (out, more) in partial.out[run.clone()].iter_mut().zip(&added[run]) {
-                *out = out.mul_add(rescale[q], *more);
+    /// Takes a tile's scores `[rows, width]` and values `[width, value_dim]` into a partial result, in which the first of
+    /// the query rows is `to`.
+    pub(super) fn add_tile(
+        &self,
+        scores: &mut [f32],
+        values: &[f32],
+        place: Place,
+        (rows, to): (Range<usize>, usize),
+        partial: &mut Partial,
+        sums: &mut TileSums,
+    ) {
+        let (n, dim, isa) = (rows.len(), self.values.head_dim(), best_isa());
+        let TileSums { rescale, added } = sums;
+        rescale.resize(n, 1.0);
+        added.resize(n * dim, 0.0);
+        self.cap(scores);
+        self.visibility.hide(scores, (place.width, place.n_tokens), place.first, rows);
+        weigh(isa, scores, place.width, &mut partial.max[to..to + n], &mut partial.sum[to..to + n], rescale);
+        product(isa, scores, values, added, (place.width, dim));
+        let out = partial.out[to * dim..(to + n) * dim].chunks_exact_mut(dim);
+        for ((out, added), factor) in out.zip(added.chunks_exact(dim)).zip(&*rescale) {
+            for (o, a) in out.iter_mut().zip(added) {
+                *o = *o * factor + a;
             }
         }
     }

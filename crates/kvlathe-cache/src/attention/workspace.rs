@@ -4,17 +4,24 @@ use std::cell::RefCell;
 
 use kvlathe_codec::{Queries, Scratch};
 
+/// What one tile adds.
+#[derive(Default)]
+pub(super) struct TileSums {
+    /// `[queries]`: the factor on what was summed before.
+    pub(super) rescale: Vec<f32>,
+    /// `[queries, value_dim]`.
+    pub(super) added: Vec<f32>,
+}
+
 #[derive(Default)]
 pub(super) struct Workspace {
     pub(super) scratch: Scratch,
     pub(super) queries: Queries,
     /// `[queries, tokens]` of one part.
     pub(super) scores: Vec<f32>,
-    pub(super) rescale: Vec<f32>,
     /// Exact keys or values that are not float32 already.
     pub(super) wide: Vec<f32>,
-    /// `[queries, value_dim]`: what one tile adds.
-    pub(super) added: Vec<f32>,
+    pub(super) sums: TileSums,
     /// Keys of a tile, component-major, and its values, token-major.
     pub(super) tile_keys: Vec<f32>,
     pub(super) tile_values: Vec<f32>,

@@ -40,16 +40,14 @@ pub(super) fn accumulate<M: Multiply>(
         units[q] = quantise(weights, scales, &mut weights_i16[q * stride..][..stride]);
     }
 
-    let mut at = [0; TOGETHER];
     let mut next_row = n * SIDE_BYTES_PER_TOKEN;
     for first in (0..n_coded).step_by(TOGETHER) {
         let together = TOGETHER.min(n_coded - first);
         for i in 0..together {
             let width = tables.coded[first + i].width;
-            at[i] = next_row;
-            next_row += row_bytes(width, n);
             let levels = &mut row_levels[i * stride..][..n_tokens];
-            unpack_row_of_blocks(width, n, blocks, at[i], levels);
+            unpack_row_of_blocks(width, n, blocks, next_row, levels);
+            next_row += row_bytes(width, n);
         }
         let dots = &mut products[..n_queries * together];
         M::dot_i16(weights_i16, row_levels, dots, (stride, together));
@@ -133,7 +131,7 @@ pub(super) fn finish<M: Multiply>(tables: &StreamTables, sums: &CoefficientSums,
             for i in whole..n_coded {
                 sum = row[i].mul_add(coefficients[i], sum);
             }
-            out[j] += mean_weight.mul_add(tables.shape_mean[j * tables.block_len], sum);
+            out[j] += mean_weight.mul_add(tables.mean(j), sum);
         }
     }
 }

@@ -121,7 +121,7 @@ pub(super) fn decode<M: Multiply>(tables: &StreamTables, packed: &[u8], scratch:
     let n = tables.block_len;
     let Scratch { x, z, .. } = scratch;
     let (side, rows) = packed.split_at(n * SIDE_BYTES_PER_TOKEN);
-    unpack_levels(tables, rows, z, tables.n_coded());
+    unpack_levels(tables, rows, z);
     M::multiply(&tables.synthesis, z, x, (tables.n_coded(), n));
     for t in (0..n).step_by(LANES) {
         let mut gains = [0.0f32; LANES];
@@ -140,9 +140,9 @@ pub(super) fn decode<M: Multiply>(tables: &StreamTables, packed: &[u8], scratch:
     }
 }
 
-/// Codes of all coefficients to levels `[n_rows, block_len]`; rows beyond the coded ones are zero.
+/// Codes of all coefficients to levels `[n_coded, block_len]`.
 #[inline(always)]
-pub(super) fn unpack_levels(tables: &StreamTables, mut rows: &[u8], z: &mut [f32], n_rows: usize) {
+fn unpack_levels(tables: &StreamTables, mut rows: &[u8], z: &mut [f32]) {
     let n = tables.block_len;
     for (i, coded) in tables.coded.iter().enumerate() {
         let (row, rest) = rows.split_at(row_bytes(coded.width, n));
@@ -160,7 +160,6 @@ pub(super) fn unpack_levels(tables: &StreamTables, mut rows: &[u8], z: &mut [f32
             _ => unpack_row_levels::<2>(coded.width, row, levels),
         }
     }
-    z[tables.n_coded() * n..n_rows * n].fill(0.0);
 }
 
 /// One row of `BYTES` bytes to its levels, code + (0.5 − half the number of levels).

@@ -98,58 +98,51 @@ fn unpack_pairs_of<const B2: usize, const B4: usize, const B8: usize, const B16:
     levels: &mut [i16],
 ) {
     let [n8, n4, n2] = tables.rows_of_width;
-    let (end8, end4, end2) = (n8, n8 + n4, n8 + n4 + n2);
     let (mut i, mut at) = (0, 0);
-    // Pairs of equal width are interleaved as bytes; then they are rows of twice the length.
-    while i + 2 <= end8 {
-        let mixed: [u8; B16] = interleaved::<B8, B16>(&rows[at..]);
-        levels_of_8::<B16>(&mixed, &mut levels[i * B8..(i + 2) * B8]);
-        (i, at) = (i + 2, at + 2 * B8);
+    // All coefficients of one width, up to `$end`. Pairs of them are interleaved as bytes; then they are rows of twice the
+    // length. What is left over makes a pair with the next width's first.
+    macro_rules! width {
+        ($levels_of:ident, $row:ident, $twice:ident, $end:expr) => {
+            while i + 2 <= $end {
+                let mixed = interleaved::<$row, $twice>(&rows[at..]);
+                $levels_of::<$twice>(&mixed, &mut levels[i * B8..(i + 2) * B8]);
+                (i, at) = (i + 2, at + 2 * $row);
+            }
+            if i < $end {
+                at += unlike_pair::<B2, B4, B8, B16>(tables, i, &rows[at..], levels);
+                i += 2;
+            }
+        };
     }
-    if i < end8 {
-        unlike_pair::<B2, B4, B8, B16>(tables, i, &rows[at..], levels);
-        at += B8 + tables.coded.get(i + 1).map_or(0, |next| row_bytes(next.width, B8));
-        i += 2;
-    }
-    while i + 2 <= end4 {
-        let mixed: [u8; B8] = interleaved::<B4, B8>(&rows[at..]);
-        levels_of_4::<B8>(&mixed, &mut levels[i * B8..(i + 2) * B8]);
-        (i, at) = (i + 2, at + 2 * B4);
-    }
-    if i < end4 {
-        unlike_pair::<B2, B4, B8, B16>(tables, i, &rows[at..], levels);
-        at += B4 + tables.coded.get(i + 1).map_or(0, |next| row_bytes(next.width, B8));
-        i += 2;
-    }
-    while i + 2 <= end2 {
-        let mixed: [u8; B4] = interleaved::<B2, B4>(&rows[at..]);
-        levels_of_2::<B4>(&mixed, &mut levels[i * B8..(i + 2) * B8]);
-        (i, at) = (i + 2, at + 2 * B2);
-    }
-    if i < end2 {
-        unlike_pair::<B2, B4, B8, B16>(tables, i, &rows[at..], levels);
-    }
+    width!(levels_of_8, B8, B16, n8);
+    width!(levels_of_4, B4, B8, n8 + n4);
+    width!(levels_of_2, B2, B4, n8 + n4 + n2);
+    debug_assert_eq!((i, at), (tables.n_coded().next_multiple_of(2), rows.len()));
 }
 
-/// Coefficient `i` and the next, of another width or missing.
+/// Coefficient `i` and the next, of another width or missing; returns the bytes of their rows.
 #[inline(always)]
 fn unlike_pair<const B2: usize, const B4: usize, const B8: usize, const B16: usize>(
     tables: &StreamTables,
     i: usize,
     rows: &[u8],
     levels: &mut [i16],
-) {
+) -> usize {
     let (mut even, mut odd) = ([0i16; MAX_BLOCK_LEN], [0i16; MAX_BLOCK_LEN]);
     let width = tables.coded[i].width;
     row_levels::<B2, B4, B8, B16>(width, rows, &mut even);
+    let mut bytes = row_bytes(width, B8);
     if i + 1 < tables.n_coded() {
-        row_levels::<B2, B4, B8, B16>(tables.coded[i + 1].width, &rows[row_bytes(width, B8)..], &mut odd);
+        let next = tables.coded[i + 1].width;
+        row_levels::<B2, B4, B8, B16>(next, &rows[bytes..], &mut odd);
+        bytes += row_bytes(next, B8);
     }
     let levels = &mut levels[i * B8..(i + 2) * B8];
     for t in 0..B8 {
         levels[2 * t] = even[t];
         levels[2 * t + 1] = odd[t];
     }
+    bytes
 }
 
 /// Two rows of `BYTES` bytes, one after the other, as even[0], odd[0], even[1], odd[1] …

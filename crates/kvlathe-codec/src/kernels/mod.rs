@@ -72,7 +72,7 @@ impl Scratch {
     /// Sizes the buffers for coding a stream.
     pub(crate) fn fit(&mut self, tables: &StreamTables) {
         fit(&mut self.x, tables.head_dim * tables.block_len);
-        fit(&mut self.z, tables.n_padded() * tables.block_len);
+        fit(&mut self.z, tables.n_coded() * tables.block_len);
         fit(&mut self.codes, tables.block_len);
     }
 

@@ -4,22 +4,36 @@ use std::arch::x86_64::*;
 
 use super::multiply::{DOT_STEP, Multiply, check_dot, check_pairs, check_rows, check_shape};
 
-/// Calls `$tile::<ROWS, VECTORS>` for all rows: the tallest tile as often as it fits, then one for the rest, so that
-/// seven queries are one tile and not three.
-macro_rules! for_row_tiles {
-    ($m:expr, $tallest:literal, [$($rows:literal),*], $row:ident, $tile:ident, $second:literal, $args:tt) => {{
+/// Calls `$tile::<ROWS, SPAN>` for all rows and columns of `$shape` = (m, n), as far as whole `$step`s of columns go, and
+/// gives the column where it ended. Spans are `$wide` steps, then single ones. Rows are taken `$tallest` at a time, then
+/// in one tile for the rest, so that seven queries are one tile and not three. `$args` may use `$row` and `$column`.
+macro_rules! for_tiles {
+    ($tile:ident, $shape:expr, ($tallest:literal, $rows:tt), ($wide:literal, $step:expr), |$row:ident, $column:ident| $args:tt) => {{
+        let (m, n) = $shape;
+        let mut $column = 0;
+        while n - $column >= $wide * $step {
+            for_tiles!(@rows $tile, m, $tallest, $rows, $wide, $row, $args);
+            $column += $wide * $step;
+        }
+        while n - $column >= $step {
+            for_tiles!(@rows $tile, m, $tallest, $rows, 1, $row, $args);
+            $column += $step;
+        }
+        $column
+    }};
+    (@rows $tile:ident, $m:expr, $tallest:literal, [$($rest:literal),*], $span:literal, $row:ident, $args:tt) => {{
         let mut $row = 0;
         while $row + $tallest <= $m {
-            for_row_tiles!(@call $tile, $tallest, $second, $args);
+            for_tiles!(@call $tile, $tallest, $span, $args);
             $row += $tallest;
         }
         match $m - $row {
-            $($rows => for_row_tiles!(@call $tile, $rows, $second, $args),)*
+            $($rest => for_tiles!(@call $tile, $rest, $span, $args),)*
             _ => {}
         }
     }};
-    (@call $tile:ident, $rows:literal, $second:literal, ($($arg:expr),*)) => {
-        Self::$tile::<$rows, $second>($($arg),*)
+    (@call $tile:ident, $rows:literal, $span:literal, ($($arg:expr),*)) => {
+        Self::$tile::<$rows, $span>($($arg),*)
     };
 }
 
@@ -183,8 +197,7 @@ macro_rules! tiled_multiply {
                 }
                 for r in 0..ROWS {
                     for c in 0..COLUMNS {
-                        let total = $int_total(sums[r][c]);
-                        out[(row + r) * n + column + c] = total;
+                        out[(row + r) * n + column + c] = $int_total(sums[r][c]);
                     }
                 }
             }
@@ -193,21 +206,13 @@ macro_rules! tiled_multiply {
             #[inline]
             fn all(a: &[f32], x: &[f32], out: &mut [f32], shape: (usize, usize)) {
                 let m = check_shape(a, x, out, shape);
-                let n = shape.1;
-                let mut column = 0;
-                while column + 2 * $lanes <= n {
-                    for_row_tiles!(m, $tallest, $rows, row, tile, 2, (a, x, out, (row, column), shape));
-                    column += 2 * $lanes;
-                }
-                while column + $lanes <= n {
-                    for_row_tiles!(m, $tallest, $rows, row, tile, 1, (a, x, out, (row, column), shape));
-                    column += $lanes;
-                }
-                if column < n {
-                    // A block of eight tokens on AVX-512: half a vector.
-                    for row in 0..m {
-                        Avx2::tile::<1, 1>(a, x, out, (row, column), shape);
-                    }
+                let done = for_tiles!(tile, (m, shape.1), ($tallest, $rows), (2, $lanes), |row, column| (
+                    a, x, out, (row, column), shape
+                ));
+                // A block of eight tokens on AVX-512: half a vector.
+                let left = if done < shape.1 { m } else { 0 };
+                for row in 0..left {
+                    Avx2::tile::<1, 1>(a, x, out, (row, done), shape);
                 }
             }
 
@@ -215,36 +220,12 @@ macro_rules! tiled_multiply {
             #[inline]
             fn all_pairs(a: &[i16], a_stride: usize, x: &[i16], out: &mut [i32], shape: (usize, usize)) {
                 let m = check_pairs(a, a_stride, x, out, shape);
-                let n = shape.1;
-                let mut column = 0;
-                while column + 2 * $lanes <= n {
-                    for_row_tiles!(
-                        m,
-                        $tallest,
-                        $rows,
-                        row,
-                        pair_tile,
-                        2,
-                        (a, a_stride, x, out, (row, column), shape)
-                    );
-                    column += 2 * $lanes;
-                }
-                while column + $lanes <= n {
-                    for_row_tiles!(
-                        m,
-                        $tallest,
-                        $rows,
-                        row,
-                        pair_tile,
-                        1,
-                        (a, a_stride, x, out, (row, column), shape)
-                    );
-                    column += $lanes;
-                }
-                if column < n {
-                    for row in 0..m {
-                        Avx2::pair_tile::<1, 1>(a, a_stride, x, out, (row, column), shape);
-                    }
+                let done = for_tiles!(pair_tile, (m, shape.1), ($tallest, $rows), (2, $lanes), |row, column| (
+                    a, a_stride, x, out, (row, column), shape
+                ));
+                let left = if done < shape.1 { m } else { 0 };
+                for row in 0..left {
+                    Avx2::pair_tile::<1, 1>(a, a_stride, x, out, (row, done), shape);
                 }
             }
 
@@ -252,64 +233,18 @@ macro_rules! tiled_multiply {
             #[inline]
             fn all_dots(a: &[f32], b: &[f32], out: &mut [f32], shape: (usize, usize)) {
                 let m = check_dot(a, b, out, shape);
-                let n = shape.1;
-                let mut column = 0;
-                while column + 4 <= n {
-                    for_row_tiles!(
-                        m,
-                        $dot_tallest,
-                        $dot_rows,
-                        row,
-                        dot_tile,
-                        4,
-                        (a, b, out, (row, column), shape)
-                    );
-                    column += 4;
-                }
-                while column < n {
-                    for_row_tiles!(
-                        m,
-                        $dot_tallest,
-                        $dot_rows,
-                        row,
-                        dot_tile,
-                        1,
-                        (a, b, out, (row, column), shape)
-                    );
-                    column += 1;
-                }
+                for_tiles!(dot_tile, (m, shape.1), ($dot_tallest, $dot_rows), (4, 1), |row, column| (
+                    a, b, out, (row, column), shape
+                ));
             }
 
             #[target_feature(enable = $features)]
             #[inline]
             fn all_int_dots(a: &[i16], b: &[i16], out: &mut [i32], shape: (usize, usize)) {
                 let m = check_rows(a, b, out, shape);
-                let n = shape.1;
-                let mut column = 0;
-                while column + 4 <= n {
-                    for_row_tiles!(
-                        m,
-                        $dot_tallest,
-                        $dot_rows,
-                        row,
-                        int_dot_tile,
-                        4,
-                        (a, b, out, (row, column), shape)
-                    );
-                    column += 4;
-                }
-                while column < n {
-                    for_row_tiles!(
-                        m,
-                        $dot_tallest,
-                        $dot_rows,
-                        row,
-                        int_dot_tile,
-                        1,
-                        (a, b, out, (row, column), shape)
-                    );
-                    column += 1;
-                }
+                for_tiles!(int_dot_tile, (m, shape.1), ($dot_tallest, $dot_rows), (4, 1), |row, column| (
+                    a, b, out, (row, column), shape
+                ));
             }
         }
 
