@@ -173,8 +173,7 @@ impl Run {
         tables
             .encode_block(isa, tokens, None, &mut packed, &mut Scratch::default())
             .expect("finite activations");
-        let mut queries = Queries::default();
-        queries.set(&tables, &vec![0.3; n_queries * HEAD_DIM]);
+        let queries = Queries::new(&tables, &vec![0.3; n_queries * HEAD_DIM]);
         Self { isa, n_queries, tables, rope, blocks: vec![packed; N_BLOCKS], queries }
     }
 
@@ -201,9 +200,17 @@ impl Run {
         let mut scores = vec![0.0; self.n_queries * N_TOKENS];
         let walk = self.rope.walk_back(1000, BLOCK_LEN as i64);
         fastest(|| {
-            let walk = Some(walk.clone());
+            let mut walk = walk.clone();
             self.tables
-                .score_blocks(self.isa, &blocks, walk, &self.queries, &[], &mut scores, &mut scratch)
+                .score_blocks(
+                    self.isa,
+                    &blocks,
+                    Some(&mut walk),
+                    &self.queries,
+                    &[],
+                    &mut scores,
+                    &mut scratch,
+                )
                 .expect("shapes that fit");
         })
     }

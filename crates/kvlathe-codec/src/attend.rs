@@ -14,8 +14,8 @@
 use std::ops::Range;
 
 use crate::basis::StreamTables;
-use crate::error::{CodecError, Result, check_len};
-use crate::kernels::{self, Isa, LANES, Scratch};
+use crate::error::{Result, check_len};
+use crate::kernels::{self, Isa, Scratch};
 use crate::query::Queries;
 use crate::rope::RotationWalk;
 
@@ -65,33 +65,27 @@ impl CoefficientSums {
 }
 
 impl StreamTables {
-    /// `scores[q, t]` = q·x̂ₜ over consecutive packed blocks; `walk` begins at the first one's R(−c).
+    /// `scores[q, t]` = q·x̂ₜ over consecutive packed blocks; `walk` stands at the first one's R(−c) and goes on to the
+    /// block after the last.
     ///
     /// `scores` is `[n_queries, blocks · block_len]`. `upcoming` is what will be read next (the packed values, say): it is
     /// fetched into the cache meanwhile.
     ///
     /// # Errors
-    /// Buffers of another length than the shapes ask for, a head_dim that is no multiple of eight.
+    /// Buffers of another length than the shapes ask for.
     #[expect(clippy::too_many_arguments, reason = "what one call of attention needs")]
     pub fn score_blocks(
         &self,
         isa: Isa,
         blocks: &[&[u8]],
-        walk: Option<RotationWalk>,
+        walk: Option<&mut RotationWalk>,
         queries: &Queries,
         upcoming: &[&[u8]],
         scores: &mut [f32],
         scratch: &mut Scratch,
     ) -> Result<()> {
         let n = queries.len();
-        if !self.head_dim.is_multiple_of(LANES) {
-            return Err(CodecError::Range {
-                what: "head_dim of keys that are scored in packed form",
-                given: self.head_dim,
-                expected: "a multiple of 8",
-            });
-        }
-        check_len("the queries", queries.scaled.len(), n * self.head_dim)?;
+        check_len("the queries", queries.scaled.len(), n * self.query_tables().n_places())?;
         check_len("the scores", scores.len(), n * blocks.len() * self.block_len)?;
         self.check_blocks(blocks)?;
         scratch.fit_scores(self, n);

@@ -24,7 +24,7 @@ pub const GUARD_SCALES: [f32; 16] =
     [0.75, 0.84, 0.92, 1.0, 1.09, 1.19, 1.3, 1.42, 1.6, 1.85, 2.3, 3.2, 6.0, 24.0, 256.0, 16384.0];
 
 /// 2^(i/32) for a fraction of an octave; the rest of a gain code is an exponent.
-static GAINS_OF_AN_OCTAVE: [f32; 32] = [
+pub(crate) static GAINS_OF_AN_OCTAVE: [f32; 32] = [
     1.0,
     1.021_897_2,
     1.044_273_7,

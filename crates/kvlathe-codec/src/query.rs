@@ -13,10 +13,11 @@ use crate::rope::{Pairing, Rope};
 /// Norm of scaled queries and synthesis columns: rounding to integers keeps their entries within 16 bits.
 const NORM: f32 = 32_700.0;
 
-/// What scoring needs of a stream, with rotated components in the order of [`Pairing::HalfSplit`].
+/// What scoring needs of a stream. Components stand at *places*: first those that turn to the left, then their partners,
+/// then the rest, each of the three padded with zeros to whole groups of lanes.
 #[derive(Debug, Clone)]
 pub(crate) struct QueryTables {
-    /// `[head_dim/2, n_padded, 2]`: columns of V times their step, each scaled to norm [`NORM`] and rounded.
+    /// `[n_places/2, n_padded, 2]`: columns of V times their step, each scaled to norm [`NORM`] and rounded.
     pub(crate) synthesis: Vec<i16>,
     /// `[n_padded]`: what a product of a column with a query of norm [`NORM`] is worth, times one half because levels
     /// are doubled.
@@ -25,62 +26,65 @@ pub(crate) struct QueryTables {
     pub(crate) mean: MeanTables,
     /// What the largest product of a query is rounded to; Σ |product|·|doubled level| then stays below 2³¹.
     pub(crate) largest_projected: f32,
-    /// `order[i]` is the component that stands at place i.
-    order: Vec<usize>,
+    /// The component at each place; none where it is padding.
+    places: Vec<Option<usize>>,
 }
 
 impl QueryTables {
     pub(crate) fn new(tables: &StreamTables) -> Self {
         let (d, n_coded, n_padded) = (tables.head_dim, tables.n_coded(), tables.n_padded());
-        let order = half_split_order(tables.rope.as_ref(), d);
-        let mean = MeanTables::new(tables, &order);
+        let places = places(tables.rope.as_ref(), d);
+        let mean = MeanTables::new(tables, &places);
         let norms: Vec<f32> = (0..n_coded)
             .map(|i| (0..d).map(|j| tables.synthesis[j * n_coded + i].powi(2)).sum::<f32>().sqrt())
             .collect();
 
-        let mut synthesis = vec![0i16; d * n_padded];
-        for (j, &component) in order.iter().enumerate() {
+        let mut synthesis = vec![0i16; places.len() * n_padded];
+        for (place, component) in places.iter().enumerate().filter_map(|(p, c)| Some((p, (*c)?))) {
             for (i, norm) in norms.iter().enumerate().filter(|(_, norm)| **norm > 0.0) {
                 let value = tables.synthesis[component * n_coded + i] * (NORM / norm);
-                synthesis[(j / 2 * n_padded + i) * 2 + j % 2] = value.round() as i16;
+                synthesis[(place / 2 * n_padded + i) * 2 + place % 2] = value.round() as i16;
             }
         }
         let mut column_units: Vec<f32> = norms.iter().map(|norm| 0.5 * norm / NORM).collect();
         column_units.resize(n_padded, 0.0);
         let sum_of_levels: usize = tables.coded.iter().map(|coded| 2 * coded.width.half_levels() - 1).sum();
         let largest_projected = NORM.min(2.14e9 / sum_of_levels.max(1) as f32);
-        Self { synthesis, column_units, mean, largest_projected, order }
+        Self { synthesis, column_units, mean, largest_projected, places }
+    }
+
+    /// Places, padding included.
+    pub(crate) fn n_places(&self) -> usize {
+        self.places.len()
     }
 }
 
 /// q·R(δ)·μ for all tokens of a block, by symmetry in half the multiplications.
 ///
 /// A block of n tokens has the offsets δ = φ − ½ with φ = ±½, ±1½ … With μ' = R(−½)·μ, a pair (a, b) of the query and
-/// one (α, β) of μ' give (aα + bβ)·cos θφ + (bα − aβ)·sin θφ: the first part is even in φ, the second odd.
+/// one (α, β) of μ' give e·cos θφ + o·sin θφ with e = aα + bβ and o = bα − aβ: the first part is even in φ, the second
+/// odd. When the query turns to another frame, (e, o) turns like (a, b), so the products are made once for all blocks.
 #[derive(Debug, Clone)]
 pub(crate) struct MeanTables {
-    /// `[head_dim]`: μ', in half-split order.
-    pub(crate) turned: Vec<f32>,
-    /// `[n_even, width]`: cos θφ for φ = ½, 1½ …, one row a pair; then rows of ones for components that do not turn.
+    /// `[n_places]`: μ'.
+    turned: Vec<f32>,
+    /// `[n_pairs, width]`: cos θφ for φ = ½, 1½ …
     pub(crate) even: Vec<f32>,
     /// `[n_pairs, width]`: sin θφ.
     pub(crate) odd: Vec<f32>,
+    /// Pairs, padded to whole groups of lanes.
     pub(crate) n_pairs: usize,
-    /// Rows of `even`.
-    pub(crate) n_even: usize,
     /// Half a block, at least eight.
     pub(crate) width: usize,
 }
 
 impl MeanTables {
-    fn new(tables: &StreamTables, order: &[usize]) -> Self {
-        let (d, n) = (tables.head_dim, tables.block_len);
+    fn new(tables: &StreamTables, places: &[Option<usize>]) -> Self {
         let inv_freq = tables.rope.as_ref().map_or(&[][..], Rope::inv_freq);
-        let (n_pairs, width) = (inv_freq.len(), (n / 2).max(LANES));
-        let n_even = d - n_pairs;
-        let mean: Vec<f64> = order.iter().map(|&j| f64::from(tables.mean(j))).collect();
+        let (n_pairs, width) = (inv_freq.len().next_multiple_of(LANES), (tables.block_len / 2).max(LANES));
+        let mean: Vec<f64> = places.iter().map(|c| c.map_or(0.0, |c| f64::from(tables.mean(c)))).collect();
         let mut turned = mean.clone();
-        let (mut even, mut odd) = (vec![1.0; n_even * width], vec![0.0; n_pairs * width]);
+        let (mut even, mut odd) = (vec![0.0; n_pairs * width], vec![0.0; n_pairs * width]);
         for (j, &frequency) in inv_freq.iter().enumerate() {
             let (sin, cos) = (-0.5 * frequency).sin_cos();
             let (a, b) = (mean[j], mean[n_pairs + j]);
@@ -92,41 +96,66 @@ impl MeanTables {
             }
         }
         let turned = turned.into_iter().map(|v| v as f32).collect();
-        Self { turned, even, odd, n_pairs, n_even, width }
+        Self { turned, even, odd, n_pairs, width }
     }
 }
 
-/// Half-split order of the components: first those that turn to the left, then their partners, then the rest.
-fn half_split_order(rope: Option<&Rope>, d: usize) -> Vec<usize> {
-    match rope.map(|rope| (rope.pairing(), rope.rotary_dim())) {
-        Some((Pairing::Interleaved, rotary_dim)) => {
-            (0..rotary_dim).step_by(2).chain((1..rotary_dim).step_by(2)).chain(rotary_dim..d).collect()
-        }
-        _ => (0..d).collect(),
+/// The component at each place; see [`QueryTables`].
+fn places(rope: Option<&Rope>, d: usize) -> Vec<Option<usize>> {
+    let (pairing, rotary_dim) =
+        rope.map_or((Pairing::HalfSplit, 0), |rope| (rope.pairing(), rope.rotary_dim()));
+    let (left, right): (Vec<usize>, Vec<usize>) = match pairing {
+        Pairing::HalfSplit => ((0..rotary_dim / 2).collect(), (rotary_dim / 2..rotary_dim).collect()),
+        Pairing::Interleaved => ((0..rotary_dim).step_by(2).collect(), (1..rotary_dim).step_by(2).collect()),
+    };
+    let mut places = Vec::new();
+    for part in [left, right, (rotary_dim..d).collect()] {
+        places.extend(part.into_iter().map(Some));
+        places.resize(places.len().next_multiple_of(LANES), None);
     }
+    places
 }
 
 /// The queries that share a KV head, scaled and ordered for [`StreamTables::score_blocks`].
 #[derive(Debug, Clone, Default)]
 pub struct Queries {
-    /// `[n, head_dim]`, each of norm [`NORM`] (or zero).
+    /// `[n, n_places]`, each of norm [`NORM`] (or zero).
     pub(crate) scaled: Vec<f32>,
+    /// `[n, n_pairs]`: e and o of [`MeanTables`], of the scaled queries in the frame of position 0.
+    pub(crate) mean_even: Vec<f32>,
+    pub(crate) mean_odd: Vec<f32>,
+    /// `[n]`: products with the mean of the components that do not turn.
+    pub(crate) mean_rest: Vec<f32>,
     /// `[n]`: factor that undoes the scaling.
     pub(crate) factors: Vec<f32>,
+    pub(crate) n_places: usize,
 }
 
 impl Queries {
-    /// Takes over `queries` `[n, head_dim]`.
-    pub fn set(&mut self, tables: &StreamTables, queries: &[f32]) {
-        let order = &tables.query_tables().order;
-        self.scaled.clear();
-        self.factors.clear();
+    /// Makes `queries` `[n, head_dim]` ready for a stream.
+    #[must_use]
+    pub fn new(tables: &StreamTables, queries: &[f32]) -> Self {
+        let QueryTables { places, mean, .. } = tables.query_tables();
+        let n_pairs = mean.n_pairs;
+        let mut ready = Self { n_places: places.len(), ..Self::default() };
         for query in queries.chunks_exact(tables.head_dim) {
             let norm = query.iter().map(|v| v * v).sum::<f32>().sqrt();
             let scale = if norm > 0.0 { NORM / norm } else { 0.0 };
-            self.scaled.extend(order.iter().map(|&component| query[component] * scale));
-            self.factors.push(norm / NORM);
+            let first = ready.scaled.len();
+            ready.scaled.extend(places.iter().map(|component| component.map_or(0.0, |c| query[c] * scale)));
+            ready.factors.push(norm / NORM);
+
+            let (left, rest) = ready.scaled[first..].split_at(n_pairs);
+            let (right, rest) = rest.split_at(n_pairs);
+            let (mean_left, mean_rest) = mean.turned.split_at(n_pairs);
+            let (mean_right, mean_rest) = mean_rest.split_at(n_pairs);
+            for i in 0..n_pairs {
+                ready.mean_even.push(left[i] * mean_left[i] + right[i] * mean_right[i]);
+                ready.mean_odd.push(right[i] * mean_left[i] - left[i] * mean_right[i]);
+            }
+            ready.mean_rest.push(rest.iter().zip(mean_rest).map(|(q, m)| q * m).sum());
         }
+        ready
     }
 
     /// How many queries.

@@ -6,6 +6,7 @@
 //! exact whatever the model does; wrong frequencies would only make the basis fit less well.
 
 use crate::error::{CodecError, Result};
+use crate::kernels::LANES;
 
 /// Which components form a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -27,8 +28,10 @@ pub struct Rope {
 /// The rotation of one position: a cosine and a sine for each pair.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rotation {
+    /// Padded to whole groups of lanes with pairs that do not turn.
     cos: Vec<f32>,
     sin: Vec<f32>,
+    n_pairs: usize,
     pairing: Pairing,
 }
 
@@ -79,10 +82,16 @@ impl Rope {
     /// R(position); a negative position is the inverse of the positive one.
     #[must_use]
     pub fn rotation(&self, position: i64) -> Rotation {
-        // Angles in f64: at 10⁶ tokens f32 would be wrong by whole radians' hundredths.
-        let angles = self.inv_freq.iter().map(|f| f * position as f64);
-        let (sin, cos) = angles.map(|a| (a.sin() as f32, a.cos() as f32)).unzip();
-        Rotation { cos, sin, pairing: self.pairing }
+        let (sin, cos) = self.angles(position).map(|a| (a.sin() as f32, a.cos() as f32)).unzip();
+        Rotation { cos, sin, n_pairs: self.inv_freq.len(), pairing: self.pairing }
+    }
+
+    /// Angles of all pairs at a position, then zeros to whole groups of lanes. In f64: at 10⁶ tokens f32 would be wrong by
+    /// hundredths of a radian.
+    fn angles(&self, position: i64) -> impl Iterator<Item = f64> {
+        let n = self.inv_freq.len();
+        let padding = std::iter::repeat_n(0.0, n.next_multiple_of(LANES) - n);
+        self.inv_freq.iter().copied().chain(padding).map(move |f| f * position as f64)
     }
 }
 
@@ -91,7 +100,7 @@ impl Rotation {
     #[inline]
     fn pair(&self, i: usize) -> (usize, usize, f32, f32) {
         let (a, b) = match self.pairing {
-            Pairing::HalfSplit => (i, i + self.cos.len()),
+            Pairing::HalfSplit => (i, i + self.n_pairs),
             Pairing::Interleaved => (2 * i, 2 * i + 1),
         };
         (a, b, self.cos[i], self.sin[i])
@@ -105,7 +114,7 @@ impl Rotation {
     /// Rotates `n_tokens` vectors held component-major (`x[component * n_tokens + token]`) by the same angles.
     #[inline(always)]
     pub fn apply_component_major(&self, x: &mut [f32], n_tokens: usize) {
-        for i in 0..self.cos.len() {
+        for i in 0..self.n_pairs {
             let (a, b, cos, sin) = self.pair(i);
             let (lower, upper) = x.split_at_mut(b * n_tokens);
             let row_a = &mut lower[a * n_tokens..(a + 1) * n_tokens];
@@ -134,14 +143,15 @@ impl Rope {
     /// Begins at R(−`position`); each [`RotationWalk::advance`] adds `step` to the position.
     #[must_use]
     pub fn walk_back(&self, position: i64, step: i64) -> RotationWalk {
-        let angles = |by: i64| self.inv_freq.iter().map(move |f| f * -by as f64);
-        RotationWalk {
-            cos: angles(position).map(f64::cos).collect(),
-            sin: angles(position).map(f64::sin).collect(),
-            step_cos: angles(step).map(f64::cos).collect(),
-            step_sin: angles(step).map(f64::sin).collect(),
-            current: self.rotation(-position),
-        }
+        let (sin, cos): (Vec<f64>, Vec<f64>) = self.angles(-position).map(f64::sin_cos).unzip();
+        let (step_sin, step_cos) = self.angles(-step).map(f64::sin_cos).unzip();
+        let current = Rotation {
+            cos: cos.iter().map(|c| *c as f32).collect(),
+            sin: sin.iter().map(|s| *s as f32).collect(),
+            n_pairs: self.inv_freq.len(),
+            pairing: self.pairing,
+        };
+        RotationWalk { cos, sin, step_cos, step_sin, current }
     }
 }
 
@@ -171,14 +181,10 @@ impl RotationWalk {
 }
 
 impl Rotation {
-    /// Cosines, one a pair.
-    pub(crate) fn cos(&self) -> &[f32] {
-        &self.cos
-    }
-
-    /// Sines, one a pair.
-    pub(crate) fn sin(&self) -> &[f32] {
-        &self.sin
+    /// Cosines and sines, one a pair, padded to whole groups of lanes with pairs that do not turn.
+    #[inline(always)]
+    pub(crate) fn padded(&self) -> (&[f32], &[f32]) {
+        (&self.cos, &self.sin)
     }
 }
 

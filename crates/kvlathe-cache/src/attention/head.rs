@@ -1,9 +1,11 @@
 //! One KV head's attention over a part of the tokens: packed blocks, or the exact ones.
 
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use kvlathe_codec::{
-    CoefficientSums, Element, StreamSet, StreamTables, best_isa, product, row_products, weigh,
+    CoefficientSums, Element, MAX_TOKENS_AT_ONCE, Queries, StreamSet, StreamTables, best_isa, product,
+    row_products, weigh,
 };
 
 use super::AttentionOptions;
@@ -34,6 +36,8 @@ pub(super) struct Head<'a, E> {
     pub(super) head: usize,
     /// `[n, key_dim]` times the attention's scaling, `n` = group · queries, a query head's queries one after another.
     pub(super) queries: &'a [f32],
+    /// The same, made ready for packed keys by whoever needs it first.
+    pub(super) prepared: OnceLock<Queries>,
     pub(super) visibility: Visibility<'a>,
     pub(super) options: AttentionOptions<'a>,
 }
@@ -57,32 +61,40 @@ impl<E: Element> Head<'_, E> {
         }
     }
 
-    /// Packed blocks `range`.
+    /// Packed blocks `range`, a tile after another.
     pub(super) fn blocks(&self, range: Range<usize>, workspace: &mut Workspace) -> Result<Partial> {
-        let Workspace { scratch, queries, scores, sums: TileSums { rescale, .. }, .. } = workspace;
+        let Workspace { scratch, scores, sums: TileSums { rescale, .. }, .. } = workspace;
         let (n, block_len, isa) = (self.n(), self.keys.block_len(), best_isa());
         let (keys, values) = (self.key_stream(), self.value_stream());
-        let n_tokens = range.len() * block_len;
-        let first = self.key.n_sinks_held() + range.start * block_len;
         let mut partial = Partial::new(values.head_dim(), n);
         let mut sums = CoefficientSums::new(values, n);
-        scores.resize(n * n_tokens, 0.0);
         rescale.resize(n, 1.0);
+        let queries = self.prepared.get_or_init(|| Queries::new(keys, self.queries));
 
         let [key_blocks, value_blocks] =
             [(self.key, self.keys), (self.value, self.values)].map(|(row, set)| {
                 let head_range = set.head_range(self.head);
                 range.clone().map(|at| &row.block(at)[head_range.clone()]).collect::<Vec<&[u8]>>()
             });
-        let walk =
+        let mut first = self.key.n_sinks_held() + range.start * block_len;
+        let mut walk =
             self.keys.rope().map(|rope| rope.walk_back((first + block_len / 2) as i64, block_len as i64));
-        queries.set(keys, self.queries);
-        keys.score_blocks(isa, &key_blocks, walk, queries, &value_blocks, scores, scratch)?;
-
-        self.cap(scores);
-        self.visibility.hide(scores, (n_tokens, n_tokens), first, 0..n);
-        weigh(isa, scores, n_tokens, &mut partial.max, &mut partial.sum, rescale);
-        values.accumulate_blocks(isa, &value_blocks, scores, &mut sums, scratch)?;
+        let blocks_of_tile = MAX_TOKENS_AT_ONCE / block_len;
+        for (key_blocks, value_blocks) in
+            key_blocks.chunks(blocks_of_tile).zip(value_blocks.chunks(blocks_of_tile))
+        {
+            let n_tokens = key_blocks.len() * block_len;
+            scores.resize(n * n_tokens, 0.0);
+            keys.score_blocks(isa, key_blocks, walk.as_mut(), queries, value_blocks, scores, scratch)?;
+            self.cap(scores);
+            self.visibility.hide(scores, (n_tokens, n_tokens), first, 0..n);
+            weigh(isa, scores, n_tokens, &mut partial.max, &mut partial.sum, rescale);
+            for (query, factor) in rescale.iter().enumerate().filter(|(_, factor)| **factor != 1.0) {
+                sums.scale(query, *factor);
+            }
+            values.accumulate_blocks(isa, value_blocks, scores, &mut sums, scratch)?;
+            first += n_tokens;
+        }
         partial.coefficients = Some(sums);
         Ok(partial)
     }

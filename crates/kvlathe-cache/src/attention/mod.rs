@@ -12,7 +12,7 @@ mod workspace;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use kvlathe_codec::{Element, MAX_TOKENS_AT_ONCE, StreamSet};
+use kvlathe_codec::{Element, StreamSet};
 
 use crate::error::{CacheError, Result};
 use crate::layer::LayerCache;
@@ -103,7 +103,7 @@ impl<E: Element> LayerCache<E> {
         }
         let n_blocks = self.sides(0).0.n_blocks();
         let wanted = (n_blocks * n_heads).div_ceil(PARTS_PER_THREAD * n_threads);
-        let len = wanted.clamp(MIN_PART_TOKENS.div_ceil(block_len), MAX_TOKENS_AT_ONCE / block_len);
+        let len = wanted.max(MIN_PART_TOKENS.div_ceil(block_len));
         let blocks = (0..n_blocks).step_by(len).map(|first| Part::Blocks(first..n_blocks.min(first + len)));
         blocks.chain([Part::Exact]).collect()
     }
@@ -139,7 +139,17 @@ impl<E: Element> LayerCache<E> {
                     options.mask.map(|m| if m.len() == per_row { m } else { &m[row * per_row..][..per_row] });
                 let (key, value) = self.sides(row);
                 let visibility = Visibility { mask, n_queries, n_tokens };
-                Head { key, value, keys, values, head, queries, visibility, options }
+                Head {
+                    key,
+                    value,
+                    keys,
+                    values,
+                    head,
+                    queries,
+                    prepared: OnceLock::new(),
+                    visibility,
+                    options,
+                }
             })
             .collect();
         let parts = self.parts(keys.block_len(), group * n_queries, heads.len(), n_threads);

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use kvlathe_codec::{Queries, Scratch};
+use kvlathe_codec::Scratch;
 
 /// What one tile adds.
 #[derive(Default)]
@@ -16,7 +16,6 @@ pub(super) struct TileSums {
 #[derive(Default)]
 pub(super) struct Workspace {
     pub(super) scratch: Scratch,
-    pub(super) queries: Queries,
     /// `[queries, tokens]` of one part.
     pub(super) scores: Vec<f32>,
     /// Exact keys or values that are not float32 already.

@@ -1,9 +1,10 @@
 //! Weighted sums in the coefficient domain; see [`crate::attend`] for the formula.
 
-use super::lanes::{LANES, groups, groups_mut, larger, largest, total};
+use super::Scratch;
+use super::f32x8::F32x8;
+use super::lanes::{LANES, groups, groups_mut};
 use super::levels::{unpack_row_of_blocks, unpack_sides};
 use super::multiply::{DOT_STEP, Multiply};
-use super::{ROUND, Scratch};
 use crate::attend::CoefficientSums;
 use crate::basis::StreamTables;
 use crate::block::{SIDE_BYTES_PER_TOKEN, row_bytes};
@@ -28,7 +29,11 @@ pub(super) fn accumulate<M: Multiply>(
     let Scratch { products, weights_i16, row_levels, gains, scales, units, .. } = scratch;
     for b in 0..blocks.len() {
         let run = b * n..(b + 1) * n;
-        unpack_sides(&blocks[b][..n * SIDE_BYTES_PER_TOKEN], &mut gains[run.clone()], &mut scales[run]);
+        unpack_sides::<M::F32x8>(
+            &blocks[b][..n * SIDE_BYTES_PER_TOKEN],
+            &mut gains[run.clone()],
+            &mut scales[run],
+        );
     }
     let (gains, scales) = (&gains[..n_tokens], &mut scales[..n_tokens]);
     for t in 0..n_tokens {
@@ -36,8 +41,8 @@ pub(super) fn accumulate<M: Multiply>(
     }
     for q in 0..n_queries {
         let weights = &weights[q * n_tokens..][..n_tokens];
-        sums.mean_weights[q] += dot(weights, gains);
-        units[q] = quantise(weights, scales, &mut weights_i16[q * stride..][..stride]);
+        sums.mean_weights[q] += dot::<M::F32x8>(weights, gains);
+        units[q] = quantise::<M::F32x8>(weights, scales, &mut weights_i16[q * stride..][..stride]);
     }
 
     let mut next_row = n * SIDE_BYTES_PER_TOKEN;
@@ -60,41 +65,31 @@ pub(super) fn accumulate<M: Multiply>(
     }
 }
 
-/// Σ aₜ·bₜ, eight partial sums side by side.
+/// Σ aₜ·bₜ over a multiple of eight, eight partial sums side by side.
 #[inline(always)]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; LANES];
+fn dot<V: F32x8>(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = V::splat(0.0);
     let a = groups(a);
     let b = &groups(b)[..a.len()];
     for g in 0..a.len() {
-        let (a, b) = (a[g], b[g]);
-        for l in 0..LANES {
-            lanes[l] = a[l].mul_add(b[l], lanes[l]);
-        }
+        sums = V::load(&a[g]).mul_add(V::load(&b[g]), sums);
     }
-    total(lanes)
+    sums.total()
 }
 
 /// Rounds weightₜ·scaleₜ to integers; returns what one of (integer · doubled level) is worth.
 #[inline(always)]
-fn quantise(weights: &[f32], scales: &[f32], integers: &mut [i16]) -> f32 {
-    let (mut most, mut sums) = ([0.0f32; LANES], [0.0f32; LANES]);
+fn quantise<V: F32x8>(weights: &[f32], scales: &[f32], integers: &mut [i16]) -> f32 {
+    let (mut most, mut sums) = (V::splat(0.0), V::splat(0.0));
     let weights = groups(weights);
     let n = weights.len();
     let scales = &groups(scales)[..n];
     for g in 0..n {
-        let (weights, scales, mut scaled) = (weights[g], scales[g], [0.0; LANES]);
-        for l in 0..LANES {
-            scaled[l] = weights[l] * scales[l];
-        }
-        for l in 0..LANES {
-            most[l] = larger(scaled[l], most[l]);
-        }
-        for l in 0..LANES {
-            sums[l] += scaled[l];
-        }
+        let scaled = V::load(&weights[g]).mul(V::load(&scales[g]));
+        most = scaled.larger(most);
+        sums = sums.add(scaled);
     }
-    let (most, sum) = (largest(most), total(sums));
+    let (most, sum) = (most.largest(), sums.total());
     let (integers, rest) = integers.split_at_mut(n * LANES);
     rest.fill(0);
     if !(most > 0.0 && sum.is_finite()) {
@@ -106,11 +101,8 @@ fn quantise(weights: &[f32], scales: &[f32], integers: &mut [i16]) -> f32 {
     let factor = (32_700.0 / most).min((LARGEST_SUM - 0.5 * integers.len() as f32) / sum);
     let integers = &mut groups_mut(integers)[..n];
     for g in 0..n {
-        let (weights, scales, mut rounded) = (weights[g], scales[g], [0; LANES]);
-        for l in 0..LANES {
-            rounded[l] = (weights[l] * scales[l]).mul_add(factor, ROUND).to_bits() as i16;
-        }
-        integers[g] = rounded;
+        let scaled = V::load(&weights[g]).mul(V::load(&scales[g]));
+        scaled.mul(V::splat(factor)).store_i16(&mut integers[g]);
     }
     0.5 / factor
 }
@@ -127,7 +119,7 @@ pub(super) fn finish<M: Multiply>(tables: &StreamTables, sums: &CoefficientSums,
         let mean_weight = sums.mean_weights[q];
         for j in 0..d {
             let row = &tables.synthesis[j * n_coded..(j + 1) * n_coded];
-            let mut sum = dot(&row[..whole], &coefficients[..whole]);
+            let mut sum = dot::<M::F32x8>(&row[..whole], &coefficients[..whole]);
             for i in whole..n_coded {
                 sum = row[i].mul_add(coefficients[i], sum);
             }

@@ -1,141 +1,97 @@
 //! Queries in a block's frame, and what the mean of its keys contributes to their scores.
-//!
-//! Loops take eight values at a time explicitly, from and into arrays of eight: blocks are short, and the compiler's
-//! own vector loops would leave most of their work to the remainder.
 
-use super::lanes::{LANES, Lanes, groups, groups_mut};
+use super::f32x8::F32x8;
+use super::lanes::{LANES, groups, groups_mut};
 use super::multiply::Multiply;
-use crate::query::MeanTables;
-use crate::rope::Rotation;
+use crate::query::{MeanTables, Queries};
 
-/// Turns queries `[n_queries, d]` whose pairs lie half-split.
+/// Turns all queries to a block's frame: `turned` receives them in integers, `even` and `odd` their products with the
+/// mean. `cos` and `sin` are the frame's rotation, padded to whole groups; empty where keys have no RoPE.
 #[inline(always)]
-pub(super) fn turn(rotation: &Rotation, queries: &[f32], turned: &mut [f32], d: usize) {
-    let (cos, sin) = (rotation.cos(), rotation.sin());
-    let n_pairs = cos.len();
-    let whole = n_pairs / LANES * LANES;
-    for first in (0..queries.len()).step_by(d) {
-        let (from, to) = (&queries[first..first + d], &mut turned[first..first + d]);
-        let (a, b) = (&from[..n_pairs], &from[n_pairs..2 * n_pairs]);
-        let (to_a, to_rest) = to.split_at_mut(n_pairs);
-        let (to_b, to_rest) = to_rest.split_at_mut(n_pairs);
-        turn_groups(groups(a), groups(b), (groups(cos), groups(sin)), groups_mut(to_a), groups_mut(to_b));
-        for i in whole..n_pairs {
-            to_a[i] = a[i].mul_add(cos[i], -(b[i] * sin[i]));
-            to_b[i] = b[i].mul_add(cos[i], a[i] * sin[i]);
-        }
-        to_rest.copy_from_slice(&from[2 * n_pairs..]);
-    }
-}
-
-#[inline(always)]
-fn turn_groups(
-    a: &[Lanes],
-    b: &[Lanes],
-    (cos, sin): (&[Lanes], &[Lanes]),
-    to_a: &mut [Lanes],
-    to_b: &mut [Lanes],
+pub(super) fn turn<V: F32x8>(
+    queries: &Queries,
+    (cos, sin): (&[f32], &[f32]),
+    turned: &mut [i16],
+    even: &mut [f32],
+    odd: &mut [f32],
 ) {
-    // Equal lengths known beforehand: no checks inside the loop.
-    let n = a.len();
-    let (b, cos, sin) = (&b[..n], &cos[..n], &sin[..n]);
-    let (to_a, to_b) = (&mut to_a[..n], &mut to_b[..n]);
-    for g in 0..n {
-        let (a, b, cos, sin) = (a[g], b[g], cos[g], sin[g]);
-        let (mut new_a, mut new_b) = ([0.0; LANES], [0.0; LANES]);
-        for l in 0..LANES {
-            new_a[l] = a[l].mul_add(cos[l], -(b[l] * sin[l]));
-            new_b[l] = b[l].mul_add(cos[l], a[l] * sin[l]);
+    let (n_pairs, places) = (cos.len() / LANES, queries.n_places / LANES);
+    let (cos, sin) = (&groups(cos)[..n_pairs], &groups(sin)[..n_pairs]);
+    for q in 0..queries.len() {
+        let from = &groups(&queries.scaled)[q * places..(q + 1) * places];
+        let to = &mut groups_mut(turned)[q * places..(q + 1) * places];
+        let pairs = q * n_pairs..(q + 1) * n_pairs;
+        let from_even = &groups(&queries.mean_even)[pairs.clone()];
+        let from_odd = &groups(&queries.mean_odd)[pairs.clone()];
+        let to_even = &mut groups_mut(even)[pairs.clone()];
+        let to_odd = &mut groups_mut(odd)[pairs];
+        for g in 0..n_pairs {
+            let (cos, sin) = (V::load(&cos[g]), V::load(&sin[g]));
+            let (a, b) = rotated((V::load(&from[g]), V::load(&from[n_pairs + g])), cos, sin);
+            a.store_i16(&mut to[g]);
+            b.store_i16(&mut to[n_pairs + g]);
+            let (a, b) = rotated((V::load(&from_even[g]), V::load(&from_odd[g])), cos, sin);
+            a.store(&mut to_even[g]);
+            b.store(&mut to_odd[g]);
         }
-        (to_a[g], to_b[g]) = (new_a, new_b);
+        for g in 2 * n_pairs..places {
+            V::load(&from[g]).store_i16(&mut to[g]);
+        }
     }
 }
 
-/// `scores[q, t]` = q·R(δ)·μ for queries `turned` to the block's frame; see [`MeanTables`] for the symmetry.
+/// (a·cos − b·sin, b·cos + a·sin)
+#[inline(always)]
+fn rotated<V: F32x8>((a, b): (V, V), cos: V, sin: V) -> (V, V) {
+    (a.mul_sub(cos, b.mul(sin)), b.mul_add(cos, a.mul(sin)))
+}
+
+/// `scores[q, t]` = q·R(δ)·μ, from the `even` and `odd` products of [`turn`]; see [`MeanTables`] for the symmetry.
 ///
-/// `parts` holds at least `n_queries · (d + 2·width)` values.
+/// `parts` holds at least `2 · n_queries · width` values.
 #[inline(always)]
 pub(super) fn score_mean<M: Multiply>(
     tables: &MeanTables,
-    turned: &[f32],
+    queries: &Queries,
+    (even, odd): (&[f32], &[f32]),
     parts: &mut [f32],
     scores: &mut [f32],
-    (d, n): (usize, usize),
+    n: usize,
 ) {
-    let MeanTables { n_pairs, n_even, width, .. } = *tables;
-    let n_queries = turned.len() / d;
-    let (even, rest) = parts.split_at_mut(n_queries * n_even);
-    let (odd, rest) = rest.split_at_mut(n_queries * n_pairs);
-    let (even_scores, rest) = rest.split_at_mut(n_queries * width);
-    let odd_scores = &mut rest[..n_queries * width];
-    for q in 0..n_queries {
-        let query = &turned[q * d..(q + 1) * d];
-        let even = &mut even[q * n_even..(q + 1) * n_even];
-        multiply_pairs(&tables.turned, query, even, &mut odd[q * n_pairs..(q + 1) * n_pairs]);
-    }
-    M::multiply(even, &tables.even, even_scores, (n_even, width));
-    M::multiply(odd, &tables.odd, odd_scores, (n_pairs, width));
-    for q in 0..n_queries {
-        let (even, odd) = (&even_scores[q * width..(q + 1) * width], &odd_scores[q * width..(q + 1) * width]);
-        join_halves(even, odd, &mut scores[q * n..(q + 1) * n]);
+    let width = tables.width;
+    let (even_scores, odd_scores) = parts.split_at_mut(queries.len() * width);
+    let odd_scores = &mut odd_scores[..queries.len() * width];
+    M::multiply(even, &tables.even, even_scores, (tables.n_pairs, width));
+    M::multiply(odd, &tables.odd, odd_scores, (tables.n_pairs, width));
+    for q in 0..queries.len() {
+        join_halves::<M::F32x8>(
+            &even_scores[q * width..(q + 1) * width],
+            &odd_scores[q * width..(q + 1) * width],
+            queries.mean_rest[q],
+            &mut scores[q * n..(q + 1) * n],
+        );
     }
 }
 
-/// The even and odd coefficients of one query: of each pair, then of the components that do not turn.
+/// Scores of the tokens after a block's middle are rest + even + odd, those before it, backwards, rest + even − odd.
 #[inline(always)]
-fn multiply_pairs(mean: &[f32], query: &[f32], even: &mut [f32], odd: &mut [f32]) {
-    let (n_pairs, d) = (odd.len(), query.len());
-    let (a, b) = (&query[..n_pairs], &query[n_pairs..2 * n_pairs]);
-    let (mean_a, mean_b) = (&mean[..n_pairs], &mean[n_pairs..2 * n_pairs]);
-    let (even, even_rest) = even.split_at_mut(n_pairs);
-    {
-        let n = n_pairs / LANES;
-        let (a, b) = (&groups(a)[..n], &groups(b)[..n]);
-        let (mean_a, mean_b) = (&groups(mean_a)[..n], &groups(mean_b)[..n]);
-        let (even, odd) = (&mut groups_mut(even)[..n], &mut groups_mut(odd)[..n]);
-        for g in 0..n {
-            let (a, b, mean_a, mean_b) = (a[g], b[g], mean_a[g], mean_b[g]);
-            let (mut new_even, mut new_odd) = ([0.0; LANES], [0.0; LANES]);
-            for l in 0..LANES {
-                new_even[l] = a[l].mul_add(mean_a[l], b[l] * mean_b[l]);
-                new_odd[l] = b[l].mul_add(mean_a[l], -(a[l] * mean_b[l]));
-            }
-            (even[g], odd[g]) = (new_even, new_odd);
-        }
-    }
-    for i in n_pairs / LANES * LANES..n_pairs {
-        even[i] = a[i].mul_add(mean_a[i], b[i] * mean_b[i]);
-        odd[i] = b[i].mul_add(mean_a[i], -(a[i] * mean_b[i]));
-    }
-    let (rest, mean) = (&query[2 * n_pairs..d], &mean[2 * n_pairs..d]);
-    let even_rest = &mut even_rest[..rest.len()];
-    for i in 0..rest.len() {
-        even_rest[i] = rest[i] * mean[i];
-    }
-}
-
-/// Scores of the tokens after a block's middle are even + odd, those before it, backwards, even − odd.
-#[inline(always)]
-fn join_halves(even: &[f32], odd: &[f32], scores: &mut [f32]) {
+fn join_halves<V: F32x8>(even: &[f32], odd: &[f32], rest: f32, scores: &mut [f32]) {
     let half = scores.len() / 2;
     let (before, after) = scores.split_at_mut(half);
+    let n = half / LANES;
     {
-        let n = half / LANES;
+        let rest = V::splat(rest);
         let (even, odd) = (&groups(even)[..n], &groups(odd)[..n]);
-        let (before, after) =
-            (&mut groups_mut(&mut before[half - n * LANES..])[..n], &mut groups_mut(after)[..n]);
+        let before = &mut groups_mut(&mut before[half - n * LANES..])[..n];
+        let after = &mut groups_mut(after)[..n];
         for g in 0..n {
-            let (even, odd) = (even[g], odd[g]);
-            let (mut sums, mut differences) = ([0.0; LANES], [0.0; LANES]);
-            for l in 0..LANES {
-                sums[l] = even[l] + odd[l];
-                differences[l] = even[LANES - 1 - l] - odd[LANES - 1 - l];
-            }
-            (after[g], before[n - 1 - g]) = (sums, differences);
+            let (even, odd) = (rest.add(V::load(&even[g])), V::load(&odd[g]));
+            even.add(odd).store(&mut after[g]);
+            even.sub(odd).reversed().store(&mut before[n - 1 - g]);
         }
     }
-    for i in half / LANES * LANES..half {
-        after[i] = even[i] + odd[i];
-        before[half - 1 - i] = even[i] - odd[i];
+    for i in n * LANES..half {
+        after[i] = rest + even[i] + odd[i];
+        before[half - 1 - i] = rest + even[i] - odd[i];
     }
 }

@@ -49,20 +49,6 @@ pub(super) fn largest<const N: usize>(mut lanes: [f32; N]) -> f32 {
     lanes[0]
 }
 
-/// The largest |value| of a multiple of eight values.
-#[inline(always)]
-pub(super) fn largest_magnitude(values: &[f32]) -> f32 {
-    let values = groups(values);
-    let mut lanes = [0.0f32; LANES];
-    for g in 0..values.len() {
-        let group = &values[g];
-        for l in 0..LANES {
-            lanes[l] = larger(group[l].abs(), lanes[l]);
-        }
-    }
-    largest(lanes)
-}
-
 /// `a` if it is larger, else `b`: one instruction, unlike [`f32::max`].
 #[inline(always)]
 pub(super) fn larger(a: f32, b: f32) -> f32 {

@@ -4,9 +4,10 @@
 //! width and length are settled once for a run of rows and the loops inside are straight vector code. Loops go by
 //! index: iterator adapters are not compiled for the caller's instruction set.
 
+use super::f32x8::F32x8;
+use super::lanes::{LANES, groups_mut};
 use crate::basis::StreamTables;
 use crate::block::row_bytes;
-use crate::gain::unpack_side;
 use crate::width::Width;
 
 /// Longest row of codes.
@@ -222,10 +223,13 @@ fn unpack_row_of<const B2: usize, const B4: usize, const B8: usize, const B16: u
 
 /// Gains and step factors of a block's tokens.
 #[inline(always)]
-pub(super) fn unpack_sides(side: &[u8], gains: &mut [f32], scales: &mut [f32]) {
-    let n = side.len() / 2;
-    let (gains, scales) = (&mut gains[..n], &mut scales[..n]);
-    for t in 0..n {
-        (gains[t], scales[t]) = unpack_side(u16::from_le_bytes([side[2 * t], side[2 * t + 1]]));
+pub(super) fn unpack_sides<V: F32x8>(side: &[u8], gains: &mut [f32], scales: &mut [f32]) {
+    let words = side.as_chunks::<{ 2 * LANES }>().0;
+    let n = words.len();
+    let (gains, scales) = (&mut groups_mut(gains)[..n], &mut groups_mut(scales)[..n]);
+    for g in 0..n {
+        let (of_group, factors) = V::unpack_sides(&words[g]);
+        of_group.store(&mut gains[g]);
+        factors.store(&mut scales[g]);
     }
 }

@@ -5,6 +5,9 @@
 
 mod accumulate;
 mod body;
+mod f32x8;
+#[cfg(target_arch = "x86_64")]
+mod f32x8_x86;
 mod frame;
 mod isa;
 mod lanes;
@@ -34,20 +37,20 @@ pub struct Scratch {
     pub(crate) z: Vec<f32>,
     /// One row of codes.
     pub(crate) codes: Vec<u8>,
-    /// `[n_queries, head_dim]` queries in the block's frame, as numbers and rounded.
-    pub(crate) turned: Vec<f32>,
-    pub(crate) turned_i16: Vec<i16>,
+    /// `[n_queries, n_places]` queries in the block's frame, rounded.
+    pub(crate) turned: Vec<i16>,
+    /// `[n_queries, n_pairs]` the queries' products with the mean in the block's frame.
+    pub(crate) even: Vec<f32>,
+    pub(crate) odd: Vec<f32>,
     /// Integer products, before they become something else.
     pub(crate) products: Vec<i32>,
-    /// `[n_padded]`: one query times the synthesis.
-    pub(crate) coefficients: Vec<f32>,
-    /// `[n_queries, n_padded]`: the same of all queries, rounded.
+    /// `[n_queries, n_padded]`: queries times the synthesis, rounded.
     pub(crate) projected: Vec<i16>,
     /// `[n_padded/2, block_len, 2]` doubled levels of a block.
     pub(crate) levels: Vec<i16>,
     /// `[n_queries, block_len]` queries times the mean table.
     pub(crate) mean_scores: Vec<f32>,
-    /// Even and odd parts of the queries and of those scores.
+    /// `[2, n_queries, width]`: even and odd parts of those scores.
     pub(crate) mean_parts: Vec<f32>,
     /// Gains and step factors of tokens.
     pub(crate) gains: Vec<f32>,
@@ -78,16 +81,17 @@ impl Scratch {
 
     /// Sizes the buffers for scoring.
     pub(crate) fn fit_scores(&mut self, tables: &StreamTables, n_queries: usize) {
-        let (d, n, n_padded) = (tables.head_dim, tables.block_len, tables.n_padded());
-        fit(&mut self.turned, n_queries * d);
-        fit(&mut self.turned_i16, n_queries * d);
+        let (n, n_padded) = (tables.block_len, tables.n_padded());
+        let query_tables = tables.query_tables();
+        fit(&mut self.turned, n_queries * query_tables.n_places());
+        fit(&mut self.even, n_queries * query_tables.mean.n_pairs);
+        fit(&mut self.odd, n_queries * query_tables.mean.n_pairs);
         fit(&mut self.products, n_queries * n.max(n_padded));
-        fit(&mut self.coefficients, n_padded);
         fit(&mut self.projected, n_queries * n_padded);
         fit(&mut self.units, n_queries);
         fit(&mut self.levels, n_padded * n);
         fit(&mut self.mean_scores, n_queries * n);
-        fit(&mut self.mean_parts, n_queries * (d + 2 * tables.query_tables().mean.width));
+        fit(&mut self.mean_parts, 2 * n_queries * query_tables.mean.width);
         fit(&mut self.gains, n);
         fit(&mut self.scales, n);
     }
@@ -157,7 +161,7 @@ for_each_isa!(
     score, score::score, (
         tables: &StreamTables,
         blocks: &[&[u8]],
-        walk: Option<RotationWalk>,
+        walk: Option<&mut RotationWalk>,
         queries: &Queries,
         upcoming: &[&[u8]],
         scores: &mut [f32],

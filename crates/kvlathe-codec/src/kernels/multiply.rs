@@ -1,10 +1,15 @@
 //! The products that coding and attention spend their time in.
 
-/// The matrix products of one instruction set.
+use super::f32x8::F32x8;
+
+/// The matrix products, and the vectors, of one instruction set.
 ///
 /// All matrices are row-major. Entries of [`Multiply::multiply`] are one chain of fused multiply-adds in rising k and
 /// integer entries are exact, so every instruction set gives the same bits of them.
 pub(super) trait Multiply {
+    /// What the loops around the products use.
+    type F32x8: F32x8;
+
     /// out[m, n] = a[m, k] · x[k, n]; `shape` is (k, n), `m = out.len() / n`, n a multiple of eight.
     fn multiply(a: &[f32], x: &[f32], out: &mut [f32], shape: (usize, usize));
 
@@ -71,6 +76,8 @@ pub(super) fn check_rows(a: &[i16], b: &[i16], out: &[i32], (k, n): (usize, usiz
 pub(super) struct Portable;
 
 impl Multiply for Portable {
+    type F32x8 = [f32; 8];
+
     #[inline(always)]
     fn multiply(a: &[f32], x: &[f32], out: &mut [f32], (k, n): (usize, usize)) {
         let m = check_shape(a, x, out, (k, n));

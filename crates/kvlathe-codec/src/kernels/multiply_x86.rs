@@ -249,6 +249,8 @@ macro_rules! tiled_multiply {
         }
 
         impl Multiply for $marker {
+            type F32x8 = __m256;
+
             #[inline(always)]
             fn multiply(a: &[f32], x: &[f32], out: &mut [f32], shape: (usize, usize)) {
                 // SAFETY: the marker is named only inside functions that enable these features.
@@ -279,7 +281,7 @@ macro_rules! tiled_multiply {
 /// The sum of eight lanes.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn total_256(lanes: __m256) -> f32 {
+pub(super) fn total_256(lanes: __m256) -> f32 {
     let halves = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps::<1>(lanes));
     let pairs = _mm_add_ps(halves, _mm_movehl_ps(halves, halves));
     _mm_cvtss_f32(_mm_add_ss(pairs, _mm_shuffle_ps::<1>(pairs, pairs)))

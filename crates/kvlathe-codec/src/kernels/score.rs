@@ -1,13 +1,14 @@
 //! Scores in the coefficient domain; see [`crate::attend`] for the formula and [`crate::query`] for the integers.
 
+use super::Scratch;
+use super::f32x8::F32x8;
 use super::frame::{score_mean, turn};
-use super::lanes::{LANES, groups, groups_mut, largest_magnitude};
+use super::lanes::{groups, groups_mut};
 use super::levels::{unpack_pairs, unpack_sides};
 use super::multiply::Multiply;
-use super::{ROUND, Scratch};
 use crate::basis::StreamTables;
 use crate::block::SIDE_BYTES_PER_TOKEN;
-use crate::query::Queries;
+use crate::query::{Queries, QueryTables};
 use crate::rope::RotationWalk;
 
 /// Blocks from a prefetch to the use of it.
@@ -20,17 +21,18 @@ const CACHE_LINE_BYTES: usize = 64;
 pub(super) fn score<M: Multiply>(
     tables: &StreamTables,
     blocks: &[&[u8]],
-    mut walk: Option<RotationWalk>,
+    mut walk: Option<&mut RotationWalk>,
     queries: &Queries,
     upcoming: &[&[u8]],
     scores: &mut [f32],
     scratch: &mut Scratch,
 ) {
-    let (d, n, n_padded) = (tables.head_dim, tables.block_len, tables.n_padded());
+    let (n, n_padded, n_queries) = (tables.block_len, tables.n_padded(), queries.len());
     let (query_tables, n_tokens) = (tables.query_tables(), blocks.len() * n);
     let Scratch {
         turned,
-        turned_i16,
+        even,
+        odd,
         products,
         projected,
         levels,
@@ -39,67 +41,72 @@ pub(super) fn score<M: Multiply>(
         gains,
         scales,
         units,
-        coefficients,
         ..
     } = scratch;
-    let dots = &mut products[..queries.len() * n.max(n_padded)];
     for b in 0..blocks.len() {
-        let packed = blocks[b];
         if b + PREFETCH_AHEAD < blocks.len() {
             prefetch(blocks[b + PREFETCH_AHEAD]);
         }
         if b < upcoming.len() {
             prefetch(upcoming[b]);
         }
-        match &walk {
-            Some(walk) => turn(walk.rotation(), &queries.scaled, turned, d),
-            None => turned.copy_from_slice(&queries.scaled),
-        }
-        score_mean::<M>(&query_tables.mean, turned, mean_parts, mean_scores, (d, n));
-        let (side, rows) = packed.split_at(n * SIDE_BYTES_PER_TOKEN);
-        if n_padded > 0 {
-            round_all(turned, turned_i16);
-            let n_products = queries.len() * n_padded;
-            M::multiply_i16(turned_i16, d, &query_tables.synthesis, &mut dots[..n_products], (d, n_padded));
-            for q in 0..queries.len() {
-                let run = q * n_padded..(q + 1) * n_padded;
-                units[q] = project(
-                    &dots[run.clone()],
-                    &query_tables.column_units,
-                    query_tables.largest_projected,
-                    &mut coefficients[..n_padded],
-                    &mut projected[run],
-                );
+        // Without RoPE all blocks share one frame.
+        if b == 0 || walk.is_some() {
+            let rotation = walk.as_ref().map_or((&[][..], &[][..]), |walk| walk.rotation().padded());
+            turn::<M::F32x8>(queries, rotation, turned, even, odd);
+            score_mean::<M>(&query_tables.mean, queries, (even, odd), mean_parts, mean_scores, n);
+            let dots = &mut products[..n_queries * n_padded];
+            if n_padded > 0 {
+                let n_places = queries.n_places;
+                M::multiply_i16(turned, n_places, &query_tables.synthesis, dots, (n_places, n_padded));
             }
-            unpack_pairs(tables, rows, levels);
+            for q in 0..n_queries {
+                let run = q * n_padded..(q + 1) * n_padded;
+                units[q] = project::<M::F32x8>(&dots[run.clone()], query_tables, &mut projected[run]);
+            }
+        }
+        let (side, rows) = blocks[b].split_at(n * SIDE_BYTES_PER_TOKEN);
+        unpack_sides::<M::F32x8>(side, gains, scales);
+        unpack_pairs(tables, rows, levels);
+        let dots = &mut products[..n_queries * n];
+        if n_padded > 0 {
             let k = tables.n_coded().next_multiple_of(2);
-            M::multiply_i16(projected, n_padded, levels, &mut dots[..queries.len() * n], (k, n));
+            M::multiply_i16(projected, n_padded, levels, dots, (k, n));
         } else {
             dots.fill(0);
-            units.fill(0.0);
         }
-        unpack_sides(side, gains, scales);
-        for q in 0..queries.len() {
-            let (factor, unit) = (queries.factors[q], units[q]);
-            let scores = &mut scores[q * n_tokens + b * n..][..n];
-            let (dots, means) = (&dots[q * n..][..n], &mean_scores[q * n..][..n]);
-            let n = n / LANES;
-            let (dots, means) = (&groups(dots)[..n], &groups(means)[..n]);
-            let (gains, scales) = (&groups(gains)[..n], &groups(scales)[..n]);
-            let scores = &mut groups_mut(scores)[..n];
-            for g in 0..n {
-                let (dots, means, gains, scales) = (dots[g], means[g], gains[g], scales[g]);
-                let mut finished = [0.0; LANES];
-                for l in 0..LANES {
-                    let shape = (dots[l] as f32).mul_add(scales[l] * unit, means[l]);
-                    finished[l] = shape * (gains[l] * factor);
-                }
-                scores[g] = finished;
-            }
+        for q in 0..n_queries {
+            finish_scores::<M::F32x8>(
+                (&dots[q * n..][..n], units[q]),
+                &mean_scores[q * n..][..n],
+                (gains, scales),
+                queries.factors[q],
+                &mut scores[q * n_tokens + b * n..][..n],
+            );
         }
-        if let Some(walk) = &mut walk {
+        if let Some(walk) = walk.as_deref_mut() {
             walk.advance();
         }
+    }
+}
+
+/// score = gain · factor · (product · step factor · unit + mean's score)
+#[inline(always)]
+fn finish_scores<V: F32x8>(
+    (dots, unit): (&[i32], f32),
+    means: &[f32],
+    (gains, scales): (&[f32], &[f32]),
+    factor: f32,
+    scores: &mut [f32],
+) {
+    let scores = groups_mut(scores);
+    let n = scores.len();
+    let (dots, means) = (&groups(dots)[..n], &groups(means)[..n]);
+    let (gains, scales) = (&groups(gains)[..n], &groups(scales)[..n]);
+    let (unit, factor) = (V::splat(unit), V::splat(factor));
+    for g in 0..n {
+        let shape = V::load_i32(&dots[g]).mul_add(V::load(&scales[g]).mul(unit), V::load(&means[g]));
+        shape.mul(V::load(&gains[g]).mul(factor)).store(&mut scores[g]);
     }
 }
 
@@ -116,41 +123,24 @@ fn prefetch(bytes: &[u8]) {
     let _ = bytes;
 }
 
-/// Rounds values below 2¹⁵ in magnitude to the nearest integers, a multiple of eight of them.
+/// One query's products with the columns, to integers of which the largest is about ±`largest_projected`; returns what
+/// one is worth.
 #[inline(always)]
-fn round_all(values: &[f32], rounded: &mut [i16]) {
-    let values = groups(values);
-    let rounded = &mut groups_mut(rounded)[..values.len()];
-    for g in 0..values.len() {
-        let (values, mut integers) = (values[g], [0; LANES]);
-        for l in 0..LANES {
-            integers[l] = (values[l] + ROUND).to_bits() as i16;
-        }
-        rounded[g] = integers;
-    }
-}
-
-/// One query's products with the columns, to integers of which the largest is ±`most`; returns what one is worth.
-#[inline(always)]
-fn project(
-    products: &[i32],
-    column_units: &[f32],
-    most: f32,
-    coefficients: &mut [f32],
-    projected: &mut [i16],
-) -> f32 {
-    // Plain loops: vectors are padded to whole registers.
+fn project<V: F32x8>(products: &[i32], tables: &QueryTables, projected: &mut [i16]) -> f32 {
+    let products = groups(products);
     let n = products.len();
-    let (column_units, coefficients, projected) =
-        (&column_units[..n], &mut coefficients[..n], &mut projected[..n]);
-    for i in 0..n {
-        coefficients[i] = products[i] as f32 * column_units[i];
+    let column_units = &groups(&tables.column_units)[..n];
+    let mut most = V::splat(0.0);
+    for g in 0..n {
+        most = V::load_i32(&products[g]).mul(V::load(&column_units[g])).abs().larger(most);
     }
-    let magnitude = largest_magnitude(coefficients);
+    let most = most.largest();
     // A query that no column sees: any factor will do.
-    let factor = if magnitude > 0.0 { most / magnitude } else { 0.0 };
-    for i in 0..n {
-        projected[i] = coefficients[i].mul_add(factor, ROUND).to_bits() as i16;
+    let factor = if most > 0.0 { tables.largest_projected / most } else { 0.0 };
+    let projected = &mut groups_mut(projected)[..n];
+    for g in 0..n {
+        let coefficients = V::load_i32(&products[g]).mul(V::load(&column_units[g]));
+        coefficients.mul(V::splat(factor)).store_i16(&mut projected[g]);
     }
-    if magnitude > 0.0 { 1.0 / factor } else { 0.0 }
+    most / tables.largest_projected
 }

@@ -1,0 +1,204 @@
+//! Eight f32 side by side: what the loops around the matrix products are written in.
+//!
+//! The compiler's own vector code for them was three times slower: blocks are short, and it spends them on remainders.
+//! Every operation rounds as IEEE 754 says, so all instruction sets give the same bits.
+
+use super::ROUND;
+use super::lanes::{LANES, larger};
+use crate::gain::unpack_side;
+
+/// Eight f32 in one register, or an array where there is none.
+pub(super) trait F32x8: Copy {
+    fn splat(value: f32) -> Self;
+    fn load(from: &[f32; LANES]) -> Self;
+    /// Integers, converted.
+    fn load_i32(from: &[i32; LANES]) -> Self;
+    fn store(self, to: &mut [f32; LANES]);
+    /// Rounds to the nearest integers, ties to even; magnitudes are below 2¹⁵.
+    fn store_i16(self, to: &mut [i16; LANES]);
+    fn add(self, other: Self) -> Self;
+    fn sub(self, other: Self) -> Self;
+    fn mul(self, other: Self) -> Self;
+    /// self · factor + summand, rounded once.
+    fn mul_add(self, factor: Self, summand: Self) -> Self;
+    /// self · factor − subtrahend, rounded once.
+    fn mul_sub(self, factor: Self, subtrahend: Self) -> Self;
+    fn abs(self) -> Self;
+    /// `self` where it is larger, else `other`: NaN in `self` counts as less than all.
+    fn larger(self, other: Self) -> Self;
+    /// The last lane first.
+    fn reversed(self) -> Self;
+    /// The sum of all lanes: halves are added until one is left.
+    fn total(self) -> f32;
+    /// The largest lane.
+    fn largest(self) -> f32;
+    /// Gains and step factors of eight side words, see [`crate::gain`].
+    fn unpack_sides(words: &[u8; 2 * LANES]) -> (Self, Self);
+}
+
+/// Applies `$value` to each lane `$l`.
+macro_rules! each_lane {
+    ($l:ident => $value:expr) => {{
+        let mut lanes = [0.0f32; LANES];
+        for $l in 0..LANES {
+            lanes[$l] = $value;
+        }
+        lanes
+    }};
+}
+
+impl F32x8 for [f32; LANES] {
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        [value; LANES]
+    }
+
+    #[inline(always)]
+    fn load(from: &[f32; LANES]) -> Self {
+        *from
+    }
+
+    #[inline(always)]
+    fn load_i32(from: &[i32; LANES]) -> Self {
+        each_lane!(l => from[l] as f32)
+    }
+
+    #[inline(always)]
+    fn store(self, to: &mut [f32; LANES]) {
+        *to = self;
+    }
+
+    #[inline(always)]
+    fn store_i16(self, to: &mut [i16; LANES]) {
+        for l in 0..LANES {
+            to[l] = (self[l] + ROUND).to_bits() as i16;
+        }
+    }
+
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        each_lane!(l => self[l] + other[l])
+    }
+
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        each_lane!(l => self[l] - other[l])
+    }
+
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        each_lane!(l => self[l] * other[l])
+    }
+
+    #[inline(always)]
+    fn mul_add(self, factor: Self, summand: Self) -> Self {
+        each_lane!(l => self[l].mul_add(factor[l], summand[l]))
+    }
+
+    #[inline(always)]
+    fn mul_sub(self, factor: Self, subtrahend: Self) -> Self {
+        each_lane!(l => self[l].mul_add(factor[l], -subtrahend[l]))
+    }
+
+    #[inline(always)]
+    fn abs(self) -> Self {
+        each_lane!(l => self[l].abs())
+    }
+
+    #[inline(always)]
+    fn larger(self, other: Self) -> Self {
+        each_lane!(l => larger(self[l], other[l]))
+    }
+
+    #[inline(always)]
+    fn reversed(self) -> Self {
+        each_lane!(l => self[LANES - 1 - l])
+    }
+
+    #[inline(always)]
+    fn total(self) -> f32 {
+        super::lanes::total(self)
+    }
+
+    #[inline(always)]
+    fn largest(self) -> f32 {
+        super::lanes::largest(self)
+    }
+
+    #[inline(always)]
+    fn unpack_sides(words: &[u8; 2 * LANES]) -> (Self, Self) {
+        let (mut gains, mut scales) = ([0.0; LANES], [0.0; LANES]);
+        for l in 0..LANES {
+            (gains[l], scales[l]) = unpack_side(u16::from_le_bytes([words[2 * l], words[2 * l + 1]]));
+        }
+        (gains, scales)
+    }
+}
+
+#[cfg(test)]
+#[cfg(target_arch = "x86_64")]
+mod tests {
+    use super::*;
+    use crate::kernels::{Isa, available_isas};
+    use std::arch::x86_64::__m256;
+
+    /// Every operation on a few inputs, as bits.
+    #[inline(always)]
+    fn all_operations<V: F32x8>(a: &[f32; LANES], b: &[f32; LANES], words: &[u8; 16]) -> Vec<u32> {
+        let (x, y) = (V::load(a), V::load(b));
+        let (gains, scales) = V::unpack_sides(words);
+        let integers = a.map(|v| (v * 1e4) as i32);
+        let vectors = [
+            V::splat(a[3]),
+            V::load_i32(&integers),
+            x.add(y),
+            x.sub(y),
+            x.mul(y),
+            x.mul_add(y, x),
+            x.mul_sub(y, x),
+            x.abs(),
+            x.larger(y),
+            x.reversed(),
+            gains,
+            scales,
+        ];
+        let mut bits = vec![x.total().to_bits(), x.largest().to_bits()];
+        for vector in vectors {
+            let mut lanes = [0.0; LANES];
+            vector.store(&mut lanes);
+            bits.extend(lanes.map(f32::to_bits));
+        }
+        let mut rounded = [0i16; LANES];
+        x.store_i16(&mut rounded);
+        bits.extend(rounded.map(|v| v as u32));
+        bits
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    fn with_avx2(a: &[f32; LANES], b: &[f32; LANES], words: &[u8; 16]) -> Vec<u32> {
+        all_operations::<__m256>(a, b, words)
+    }
+
+    #[test]
+    fn registers_agree_with_arrays_to_the_bit() {
+        if !available_isas().contains(&Isa::Avx2) {
+            return;
+        }
+        for seed in 0..4096u32 {
+            let number = |i: usize| {
+                let hash = (seed * 8 + i as u32).wrapping_mul(0x9e37_79b9).rotate_left(13);
+                // Halves among them, where rounding must go to the even neighbour.
+                (hash % 60_001) as f32 * 0.5 - 15_000.0 + if seed % 2 == 0 { 0.0 } else { 0.3 }
+            };
+            let a: [f32; LANES] = std::array::from_fn(number);
+            let b: [f32; LANES] = std::array::from_fn(|i| number(i + 40_000));
+            let words: [u8; 16] = std::array::from_fn(|i| {
+                let word = (seed * 8 + i as u32 / 2) * 2;
+                word.to_le_bytes()[i % 2]
+            });
+            // SAFETY: the CPU has AVX2 and FMA, asked above.
+            let registers = unsafe { with_avx2(&a, &b, &words) };
+            assert_eq!(registers, all_operations::<[f32; LANES]>(&a, &b, &words), "seed {seed}");
+        }
+    }
+}
