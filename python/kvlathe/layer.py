@@ -79,6 +79,8 @@ class CompressedLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, given
         self._dims = tuple((states.shape[1], states.shape[3]) for states in (key_states, value_states))
         self._values_per_token = key_states.shape[1] * (key_states.shape[3] + value_states.shape[3])
+        # What stubs show: one element seen through zero strides, the right shape without the memory.
+        self._element = key_states.new_zeros(())
         self._store = make_store(
             self._k_compressor, self._v_compressor, self.policy, key_states, value_states
         )
@@ -133,11 +135,10 @@ class CompressedLayer(DynamicLayer):
         """Add tokens and return stubs that stand for all of them; `attend` must follow."""
         store.append(key_states, value_states)
         batch, heads, _, _ = key_states.shape
+        n_tokens = store.n_tokens
         stubs = []
-        # One element seen through zero strides: the right shape without the memory.
-        element = key_states.new_zeros(())
         for states in (key_states, value_states):
-            stub = element.expand(batch, heads, store.n_tokens, states.shape[3])
+            stub = self._element.expand(batch, heads, n_tokens, states.shape[3])
             stub.kvlathe_layer = self  # type: ignore[attr-defined]
             stubs.append(stub)
         return stubs[0], stubs[1]
@@ -160,7 +161,21 @@ class CompressedLayer(DynamicLayer):
             store.compress()
         return out
 
+    def _fits(self, store: LayerStore, key_states: Tensor, value_states: Tensor) -> bool:
+        """Whether all is as it was before: what every step but the first finds."""
+        keys, values = key_states.shape, value_states.shape
+        return (
+            len(keys) == len(values) == 4
+            and keys[:3] == values[:3]
+            and keys[0] == store.batch
+            and ((keys[1], keys[3]), (values[1], values[3])) == self._dims
+            and key_states.dtype == value_states.dtype == self.dtype
+            and key_states.device == value_states.device == self.device
+        )
+
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
+        if self._store is not None and self._fits(self._store, key_states, value_states):
+            return
         for name, states in (("keys", key_states), ("values", value_states)):
             if states.dim() != 4:
                 raise ShapeError(

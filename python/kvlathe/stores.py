@@ -100,7 +100,7 @@ class NativeStore:
         return self._layer.batch
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        keys, values = (t if t.stride(-1) == 1 else t.contiguous() for t in (keys.detach(), values.detach()))
+        keys, values = (t if t.stride(-1) == 1 else t.contiguous() for t in (keys, values))
         self._layer.append(keys, values)
 
     def compress(self) -> None:

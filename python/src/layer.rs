@@ -60,7 +60,7 @@ fn coding(codec: &Bound<'_, PyAny>) -> PyResult<Coding> {
 }
 
 impl NativeLayer {
-    fn tensor(&self, tensor: &Bound<'_, PyAny>, what: &str) -> PyResult<RawTensor> {
+    fn tensor<'py>(&self, tensor: &Bound<'py, PyAny>, what: &str) -> PyResult<RawTensor<'py>> {
         let raw = RawTensor::new(tensor, what, 4)?;
         if raw.dtype()? != self.dtype {
             let message = format!(

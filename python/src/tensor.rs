@@ -5,7 +5,9 @@
 use half::{bf16, f16};
 use kvlathe::cache::TensorView;
 use kvlathe::codec::Element;
+use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 
 use crate::error::{exception, to_python};
 
@@ -18,61 +20,85 @@ pub(crate) enum Dtype {
 }
 
 impl Dtype {
-    pub(crate) fn from_name(name: &str) -> PyResult<Self> {
-        match name.trim_start_matches("torch.") {
-            "float32" => Ok(Self::F32),
-            "bfloat16" => Ok(Self::Bf16),
-            "float16" => Ok(Self::F16),
-            other => Err(exception(
-                "DtypeError",
-                format!("dtype {other} cannot be compressed; load the model in float32, bfloat16 or float16"),
-            )),
+    const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::F16];
+
+    /// As torch names it, without `torch.`.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::Bf16 => "bfloat16",
+            Self::F16 => "float16",
         }
+    }
+
+    pub(crate) fn from_name(name: &str) -> PyResult<Self> {
+        let name = name.trim_start_matches("torch.");
+        Self::ALL.into_iter().find(|dtype| dtype.name() == name).ok_or_else(|| {
+            let message =
+                format!("dtype {name} cannot be compressed; load the model in float32, bfloat16 or float16");
+            exception("DtypeError", message)
+        })
+    }
+
+    /// The torch object is one per dtype: comparing addresses is enough, and much faster than its name.
+    fn of(dtype: &Bound<'_, PyAny>) -> PyResult<Option<Self>> {
+        static OBJECTS: PyOnceLock<[Py<PyAny>; 3]> = PyOnceLock::new();
+        let objects = OBJECTS.get_or_try_init(dtype.py(), || {
+            let torch = dtype.py().import("torch")?;
+            let object = |dtype: Self| Ok::<_, PyErr>(torch.getattr(dtype.name())?.unbind());
+            Ok::<_, PyErr>([object(Self::F32)?, object(Self::Bf16)?, object(Self::F16)?])
+        })?;
+        Ok(Self::ALL.into_iter().zip(objects).find(|(_, object)| object.is(dtype)).map(|(dtype, _)| dtype))
     }
 }
 
 /// A torch tensor's memory, valid while the Python object that it was taken from is alive.
-pub(crate) struct RawTensor {
+pub(crate) struct RawTensor<'py> {
     address: usize,
     pub(crate) shape: Vec<usize>,
     strides: Vec<usize>,
-    dtype_name: String,
+    dtype: Bound<'py, PyAny>,
 }
 
-impl RawTensor {
+impl<'py> RawTensor<'py> {
     /// Reads pointer, shape, strides and dtype of a CPU tensor with `n_dims` dimensions.
-    pub(crate) fn new(tensor: &Bound<'_, PyAny>, what: &str, n_dims: usize) -> PyResult<Self> {
-        let device: String = tensor.getattr("device")?.getattr("type")?.extract()?;
-        if device != "cpu" {
+    pub(crate) fn new(tensor: &Bound<'py, PyAny>, what: &str, n_dims: usize) -> PyResult<Self> {
+        let py = tensor.py();
+        if !tensor.getattr(intern!(py, "is_cpu"))?.extract::<bool>()? {
+            let device = tensor.getattr(intern!(py, "device"))?;
             return Err(exception(
                 "DeviceError",
                 format!("{what} are on {device}, the native code works on the cpu"),
             ));
         }
-        let shape: Vec<usize> = tensor.getattr("shape")?.extract()?;
+        let shape: Vec<usize> = tensor.getattr(intern!(py, "shape"))?.extract()?;
         if shape.len() != n_dims {
             let message = format!("{what} have the shape {shape:?}, expected {n_dims} dimensions");
             return Err(exception("ShapeError", message));
         }
-        let strides: Vec<usize> = tensor.call_method0("stride")?.extract()?;
+        let strides: Vec<usize> = tensor.call_method0(intern!(py, "stride"))?.extract()?;
         if strides.last().is_some_and(|&s| s != 1) && shape.last().is_some_and(|&n| n > 1) {
             return Err(exception("ShapeError", format!("the last dimension of {what} must be contiguous")));
         }
-        let address: usize = tensor.call_method0("data_ptr")?.extract()?;
-        let dtype_name = tensor.getattr("dtype")?.str()?.to_string();
-        Ok(Self { address, shape, strides, dtype_name })
+        let address: usize = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
+        let dtype = tensor.getattr(intern!(py, "dtype"))?;
+        Ok(Self { address, shape, strides, dtype })
     }
 
     pub(crate) fn dtype(&self) -> PyResult<Dtype> {
-        Dtype::from_name(&self.dtype_name)
+        match Dtype::of(&self.dtype)? {
+            Some(dtype) => Ok(dtype),
+            None => Dtype::from_name(&self.dtype.to_string()),
+        }
     }
 
     /// Refuses every dtype but `name` (as torch prints it, without `torch.`).
     pub(crate) fn expect_dtype(&self, what: &str, name: &str) -> PyResult<()> {
-        if self.dtype_name.trim_start_matches("torch.") == name {
+        let given = self.dtype.to_string();
+        if given.trim_start_matches("torch.") == name {
             return Ok(());
         }
-        Err(exception("DtypeError", format!("{what} are {}, expected torch.{name}", self.dtype_name)))
+        Err(exception("DtypeError", format!("{what} are {given}, expected torch.{name}")))
     }
 
     /// Elements from the first to the last, gaps included.
