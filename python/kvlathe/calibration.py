@@ -39,7 +39,7 @@ class CalibrationOptions:
         seed: of the sampled tokens.
     """
 
-    block_len: int = 32
+    block_len: int = 64
     n_sinks: int = 4
     tail: int = 128
     shrinkage: float = 0.3

@@ -27,7 +27,7 @@ pub struct DesignOptions {
 
 impl Default for DesignOptions {
     fn default() -> Self {
-        Self { block_len: 32, shrinkage: DEFAULT_SHRINKAGE }
+        Self { block_len: 64, shrinkage: DEFAULT_SHRINKAGE }
     }
 }
 

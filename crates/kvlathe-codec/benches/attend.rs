@@ -14,7 +14,7 @@ use kvlathe_codec::{
 };
 use three_bits::{BLOCK_LEN, HEAD_DIM, activations, basis};
 
-const N_BLOCKS: usize = 32;
+const N_BLOCKS: usize = 16;
 const N_TOKENS: usize = N_BLOCKS * BLOCK_LEN;
 /// Columns of a matrix are rounded up to whole registers.
 const N_PADDED: usize = 64;

@@ -3,7 +3,7 @@
 use kvlathe_codec::{Basis, Width};
 
 pub const HEAD_DIM: usize = 64;
-pub const BLOCK_LEN: usize = 32;
+pub const BLOCK_LEN: usize = 64;
 
 pub fn basis() -> Basis {
     let mut synthesis = vec![0.0; HEAD_DIM * HEAD_DIM];
