@@ -71,8 +71,8 @@ def collect(
     layers = [LayerSample(probe.shape) for _ in range(probe.shape.n_layers)]
 
     def on_layer(layer: int, _q: Tensor, k: Tensor, v: Tensor) -> None:
-        far = (x[:, :, n_sinks:].cpu().float() for x in (k, v))
-        layers[layer].add(*far, probe.ropes[layer], n_sinks)
+        k, v = (x[:, :, n_sinks:].cpu().float() for x in (k, v))
+        layers[layer].add(k, v, probe.ropes[layer], n_sinks)
 
     for window in progress(windows, "calibrating baselines", "window"):
         gradient_free_pass(model, window[None], on_layer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from .._native import LowRankCodec, StreamSetCodec
 from .._two_sided_kernel import Coder
 from ..cache import CompressedDynamicCache
-from ..compressors import StreamSetCompressor, granularity, native_codec
+from ..compressors import IdentityCompressor, StreamSetCompressor, granularity, native_codec
 from ..errors import EvaluationError
 from ..preset import Preset, Side
 from ..rope_probe import ModelShape
@@ -85,10 +86,24 @@ class PresetMethod:
     def coded_bytes(self, layer: int, side: Side, n_tokens: int) -> int:
         codec = self._codecs[layer, side]
         if isinstance(codec, StreamSetCodec):
-            return n_tokens // codec.block_len * codec.block_bytes
+            return n_tokens // codec.block_len * self._block_bytes[layer, side]
         if isinstance(codec, LowRankCodec):
             return n_tokens * self._shape.n_kv_heads * codec.vector_bytes
         return n_tokens * exact_token_bytes(self._shape)
+
+    @cached_property
+    def _block_bytes(self) -> dict[tuple[int, Side], int]:
+        """What a real cache says that it holds for a block of each side: packed bytes, padding, reference counts."""
+        found: dict[tuple[int, Side], int] = {}
+        for stream in self._codecs:
+            compressor = self._cache.compressor(*stream)
+            if isinstance(compressor, StreamSetCompressor):
+                n_tokens = compressor.n_sinks + compressor.block_len
+                x = torch.zeros(1, self._shape.n_kv_heads, n_tokens, self._shape.head_dim)
+                cache = CompressedDynamicCache([compressor], [IdentityCompressor()], num_layers=1)
+                cache.update(x, x, 0)
+                found[stream] = int(cache.get_memory_stats()["coded_bytes"])
+        return found
 
     def basis_bytes(self) -> int:
         total = 0

@@ -16,7 +16,18 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, told apart by people who are colour-blind. Ours get the strongest two.
 _OURS = ("#0072B2", "#D55E00", "#000000")
-_OTHERS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7f7f7f", "#8c6d31", "#5e4fa2", "#66a61e")
+_OTHERS = (
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#7f7f7f",
+    "#8c6d31",
+    "#5e4fa2",
+    "#66a61e",
+    "#a50026",
+    "#35978f",
+)
 _MARKERS = "svD^<>ph*PXd"
 _OUR_FAMILY = "kvlathe"
 _LEAST_KLD = 1e-7  # where a method that costs nothing is drawn
@@ -56,11 +67,13 @@ def _styled() -> Iterator[None]:
         yield
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def _figure(width: float, height: float, n_panels: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure with panels side by side that share their y axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
+    panels = figure.subplots(1, n_panels, sharey=True, squeeze=False)
+    return figure, list(panels[0])
 
 
 def is_ours(result: Result) -> bool:
@@ -105,46 +118,59 @@ def _styles(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
 
 
 def kld_against_bits(results: Sequence[Result]) -> Figure:
-    """Mean KLD (log) against bits a value of the whole cache, one line a family, 95 % intervals as bars."""
+    """Mean KLD (log) against bits a value, one line a family, 95 % intervals as bars.
+
+    On the left of the coded part alone, which a long cache comes close to; on the right of the whole cache at the
+    window's length, exact tokens included.
+    """
     with _styled():
-        figure, axes = _figure(8.5, 5.2)
-        styles = _styles(results)
-        for name, members in _families(results).items():
-            bits = [member.size.bits_per_value for member in members]
-            klds = [max(member.quality.kld, _LEAST_KLD) for member in members]
-            bounds = [member.quality.kld_interval() for member in members]
-            below = [max(0.0, kld - max(low, _LEAST_KLD)) for kld, (low, _) in zip(klds, bounds, strict=True)]
-            above = [max(0.0, high - kld) for kld, (_, high) in zip(klds, bounds, strict=True)]
-            axes.errorbar(
-                bits, klds, yerr=[below, above], label=name, capsize=2, elinewidth=1, **styles[name]
-            )
-        setting = results[0].setting
-        axes.set(
-            yscale="log",
-            xlabel=f"bits a value of the whole cache at {setting.window:,} tokens, all overhead counted",
-            ylabel="mean KL divergence from the exact cache, nats",
-            title="Quality against size: lower left is better",
+        figure, panels = _figure(11.5, 5.2, n_panels=2)
+        for axes, attribute in zip(panels, ("coded_bits", "bits_per_value"), strict=True):
+            _draw_families(axes, results, attribute)
+            axes.set(yscale="log")
+        panels[0].set(
+            xlabel="bits a value, coded part", ylabel="mean KL divergence from the exact cache, nats"
         )
-        _legend(figure, axes)
+        panels[1].set(xlabel=f"bits a value, whole cache at {results[0].setting.window:,} tokens")
+        figure.suptitle("Quality against size: lower left is better")
+        _legend(figure, panels[0])
         return figure
 
 
+def _draw_families(axes: Axes, results: Sequence[Result], attribute: str) -> None:
+    """One line a family; ``attribute`` of a result's size is its place on the x axis."""
+    styles = _styles(results)
+    for name, members in _families(results).items():
+        bits = [getattr(member.size, attribute) for member in members]
+        klds = [max(member.quality.kld, _LEAST_KLD) for member in members]
+        bounds = [member.quality.kld_interval() for member in members]
+        below = [max(0.0, kld - max(low, _LEAST_KLD)) for kld, (low, _) in zip(klds, bounds, strict=True)]
+        above = [max(0.0, high - kld) for kld, (_, high) in zip(klds, bounds, strict=True)]
+        axes.errorbar(bits, klds, yerr=[below, above], label=name, capsize=2, elinewidth=1, **styles[name])
+
+
 def kld_by_position(results: Sequence[Result]) -> Figure:
-    """Mean KLD (log) along the window."""
+    """Mean KLD (log) along the window, from where the first coded token can be read."""
     with _styled():
-        figure, axes = _figure(8.5, 5.2)
+        figure, (axes,) = _figure(9.5, 5.4)
         styles = _styles(results)
+        setting = results[0].setting
+        n_exact = setting.n_sinks + setting.tail
         for members in _families(results).values():
             for at, result in enumerate(members):
-                quality = result.quality
-                places = [(n + 0.5) * quality.position_bin for n in range(len(quality.kld_by_position))]
-                # Positions that read nothing coded differ by rounding alone, and would stretch the scale.
-                klds = [kld if kld > _LEAST_KLD else None for kld in quality.kld_by_position]
+                size, klds = result.quality.position_bin, result.quality.kld_by_position
+                # Before that, caches differ by rounding alone, which would stretch the scale.
+                shown = [n for n in range(len(klds)) if n * size >= n_exact]
                 style = {**styles[result.family], "marker": "", "alpha": 1 - 0.55 * at / len(members)}
-                axes.plot(places, klds, label=result.name, **style)  # type: ignore[arg-type]
+                axes.plot(
+                    [(n + 0.5) * size for n in shown],
+                    [max(klds[n], _LEAST_KLD) for n in shown],
+                    label=result.name,
+                    **style,
+                )
         axes.set(
             yscale="log",
-            xlim=(0, results[0].setting.window),
+            xlim=(0, setting.window),
             xlabel="position in the window, tokens",
             ylabel="mean KL divergence from the exact cache, nats",
             title="Does the damage grow with the context?",
@@ -167,7 +193,7 @@ def bits_by_layer(results: Sequence[Result]) -> Figure:
     shown = [result for result in results if is_ours(result)] or list(results)
     with _styled():
         n_layers = len(shown[0].size.key_bits)
-        figure, axes = _figure(max(6.0, 2.6 + 0.24 * n_layers), 1.6 + 0.62 * len(shown))
+        figure, (axes,) = _figure(max(6.0, 2.6 + 0.24 * n_layers), 1.6 + 0.62 * len(shown))
         rows = [bits for result in shown for bits in (result.size.key_bits, result.size.value_bits)]
         image = axes.imshow(rows, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest")
         sides = [f"{result.name}  {side}" for result in shown for side in "KV"]

@@ -24,7 +24,7 @@ dl { display: grid; grid-template-columns: max-content auto; gap: .2em 1.2em } d
 
 _CAPTIONS = {
     "kld-against-bits": "Every method at its rates. Bars are 95 % bootstrap intervals over windows.",
-    "kld-by-position": "Means over all windows. Positions that read nothing coded are left out.",
+    "kld-by-position": "Means over all windows, from where the first coded token can be read.",
     "bits-by-layer": "What the allocation gives to the keys (K) and the values (V) of each layer.",
 }
 
