@@ -41,3 +41,7 @@ class ModelError(KvlatheError, ValueError):
 
 class CorpusError(KvlatheError, ValueError):
     """The text to calibrate on is missing or too short."""
+
+
+class EvaluationError(KvlatheError, RuntimeError):
+    """An evaluation cannot be run, read or drawn as asked."""

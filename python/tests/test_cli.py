@@ -8,35 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from kvlathe import Preset
 from kvlathe.cli import main, tune_main
-from tiny_models import tiny
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "auto_tune_kv_compression.py"
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with a byte-level tokenizer, saved as `from_pretrained` wants it."""
-    folder = tmp_path_factory.mktemp("model")
-    vocabulary = {symbol: at for at, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    tiny("llama", vocab_size=len(vocabulary)).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    sections = (f"= Section {n} =\n\n" + f"Sentence {n} of the text says {n * n}. " * 80 for n in range(24))
-    path.write_text("\n\n".join(sections))
-    return path
 
 
 def arguments(model_folder: Path, text_file: Path, output: Path, *more: str) -> list[str]:

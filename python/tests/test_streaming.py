@@ -111,6 +111,12 @@ def _compare_with_brute_force(model: PreTrainedModel, cache: CompressedDynamicCa
     assert quality.kld > 1e-5  # otherwise this compares nothing
     assert quality.kld == pytest.approx(float(kld.mean()), rel=1e-4)
     assert quality.kld_p99 == pytest.approx(float(kld.quantile(0.99)), rel=1e-3)
+    assert quality.kld_median == pytest.approx(float(kld.quantile(0.5)), rel=1e-2)
+    assert quality.kld_max == pytest.approx(float(kld.max()), rel=1e-3)
+    # 90 positions in runs of 3, which is the least that 32 runs can cover.
+    assert quality.position_bin == 3
+    by_position = torch.stack(klds).mean(0).view(30, 3).mean(1)
+    assert quality.kld_by_position == pytest.approx(by_position.tolist(), rel=1e-3, abs=1e-6)
     assert quality.kld_by_window == pytest.approx([float(k.mean()) for k in klds], rel=1e-3)
     assert quality.perplexity == pytest.approx(math.exp(nll / n_scored), rel=1e-5)
     assert quality.exact_perplexity == pytest.approx(math.exp(exact_nll / n_scored), rel=1e-5)

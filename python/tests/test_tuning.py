@@ -33,7 +33,20 @@ _GRID = [0.5 + step / 8 for step in range(61)]
 
 
 def _point(bits: float, within: bool) -> CurvePoint:
-    quality = Quality(10.0, 10.0, 0.0, 0.0, 1.0, 1, (0.0,), (0.0,))
+    quality = Quality(
+        perplexity=10.0,
+        exact_perplexity=10.0,
+        kld=0.0,
+        kld_median=0.0,
+        kld_p99=0.0,
+        kld_max=0.0,
+        top1=1.0,
+        n_positions=1,
+        kld_by_window=(0.0,),
+        log_ratio_by_window=(0.0,),
+        kld_by_position=(0.0,),
+        position_bin=1,
+    )
     return CurvePoint(bits, quality, 0.0, 0.0, within)
 
 

@@ -2,27 +2,26 @@
 
 Streaming protocol: every query reads the first ``n_sinks`` tokens and the latest ``tail`` tokens (its own
 included) exactly, and every other token as the codec gives it back. One forward pass a window does it, with
-`two_sided` attention; `tests/test_streaming.py` holds it against a cache fed token by token.
+`two_sided` attention; `tests/test_streaming.py` holds it against a cache fed token by token. With no sinks and no
+tail every query reads every token coded, its own included.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from .cache import CompressedDynamicCache
-from .compressors import StreamSetCompressor, granularity, native_codec
-from .progress import progress
-from .two_sided import TwoSidedPlan, two_sided
-
-Coder = Callable[[int, Tensor], Tensor]
+from .._two_sided_kernel import Coder
+from ..progress import progress
+from ..two_sided import TwoSidedPlan, two_sided
 
 _ROWS = 128  # positions whose logits are compared at once
+_POSITION_BINS = 32  # KLD by position is kept as the means of this many runs of positions
 
 
 @dataclass(frozen=True)
@@ -33,26 +32,41 @@ class Quality:
         perplexity: exp of the mean negative log-likelihood of the text with the compressed cache.
         exact_perplexity: the same with the exact cache.
         kld: mean KL divergence of the next-token distribution from the exact cache's, in nats.
-        kld_p99: 99th percentile over positions of the same.
+        kld_median, kld_p99, kld_max: median, 99th percentile and largest over positions of the same.
         top1: share of positions where both caches find the same most likely token.
         n_positions: positions compared.
         kld_by_window: mean KLD of each window, for confidence intervals.
         log_ratio_by_window: mean change of the negative log-likelihood of each window, in nats.
+        kld_by_position: mean KLD of runs of ``position_bin`` positions, from the first on, over all windows.
+        position_bin: positions of a run; the last one may be shorter.
     """
 
     perplexity: float
     exact_perplexity: float
     kld: float
+    kld_median: float
     kld_p99: float
+    kld_max: float
     top1: float
     n_positions: int
     kld_by_window: tuple[float, ...]
     log_ratio_by_window: tuple[float, ...]
+    kld_by_position: tuple[float, ...]
+    position_bin: int
 
     @property
     def ppl_delta(self) -> float:
         """Relative change of perplexity: 0.05 means +5 %."""
         return self.perplexity / self.exact_perplexity - 1.0
+
+    def kld_interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Two-sided bootstrap interval of `kld` over windows, in nats."""
+        return interval(self.kld_by_window, confidence=confidence)
+
+    def ppl_delta_interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Two-sided bootstrap interval of `ppl_delta` over windows."""
+        low, high = interval(self.log_ratio_by_window, confidence=confidence)
+        return math.expm1(low), math.expm1(high)
 
 
 class Evaluator:
@@ -127,18 +141,37 @@ class Evaluator:
         finally:
             self._model.train(was_training)
         kld = torch.cat(klds)
+        # `quantile` takes no more than 2^24 numbers; beyond that a regular sample has the same percentiles.
+        sample = kld if len(kld) < 1 << 23 else kld[:: len(kld) >> 22]
+        median, p99 = sample.quantile(torch.tensor([0.5, 0.99])).tolist()
+        by_position, position_bin = _by_position(klds)
         return Quality(
             perplexity=math.exp(nll / scored),
             exact_perplexity=math.exp(exact_nll / scored),
             kld=float(kld.mean()),
-            kld_p99=float(kld.quantile(0.99))
-            if len(kld) < 1 << 23
-            else float(kld[:: len(kld) >> 22].quantile(0.99)),
+            kld_median=median,
+            kld_p99=p99,
+            kld_max=float(kld.max()),
             top1=same / len(kld),
             n_positions=len(kld),
             kld_by_window=tuple(float(window.mean()) for window in klds),
             log_ratio_by_window=tuple(log_ratios),
+            kld_by_position=by_position,
+            position_bin=position_bin,
         )
+
+
+def _by_position(klds: Sequence[Tensor]) -> tuple[tuple[float, ...], int]:
+    """Mean KLD of equal runs of positions over windows [T] of any lengths, and a run's positions."""
+    longest = max(len(window) for window in klds)
+    size = -(-longest // _POSITION_BINS)
+    n_bins = -(-longest // size)
+    total, count = torch.zeros(n_bins, dtype=torch.float64), torch.zeros(n_bins, dtype=torch.float64)
+    for window in klds:
+        at = torch.arange(len(window)) // size
+        total.index_add_(0, at, window.double())
+        count.index_add_(0, at, torch.ones(len(window), dtype=torch.float64))
+    return tuple((total / count).tolist()), size
 
 
 @dataclass
@@ -171,34 +204,23 @@ def upper_bound(
     samples: Iterable[float], *, confidence: float = 0.95, n_resamples: int = 2000, seed: int = 0
 ) -> float:
     """One-sided bootstrap bound on the mean: below it with the given confidence (Efron's percentile method)."""
+    return float(_resampled_means(samples, n_resamples, seed).quantile(confidence))
+
+
+def interval(
+    samples: Iterable[float], *, confidence: float = 0.95, n_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Two-sided bootstrap interval of the mean (Efron's percentile method), equal tails.
+
+    Few samples make it too narrow: with 4 windows, take it for an order of magnitude.
+    """
+    means = _resampled_means(samples, n_resamples, seed)
+    tail = (1 - confidence) / 2
+    return float(means.quantile(tail)), float(means.quantile(1 - tail))
+
+
+def _resampled_means(samples: Iterable[float], n_resamples: int, seed: int) -> Tensor:
     values = torch.tensor(list(samples), dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(len(values), (n_resamples, len(values)), generator=generator)
-    return float(values[draws].mean(dim=1).quantile(confidence))
-
-
-def coders(cache: CompressedDynamicCache) -> tuple[Coder, Coder]:
-    """What an (empty) cache's compressors make of keys and of values: the arguments of `Evaluator.run`.
-
-    Tokens are coded from the first one after the sinks on, in whole blocks; an incomplete last block, which a cache
-    would keep in its tail, stays exact.
-    """
-    return (
-        lambda layer, x: _through(cache.compressor(layer, "key"), cache.n_sinks(layer), x),
-        lambda layer, x: _through(cache.compressor(layer, "value"), cache.n_sinks(layer), x),
-    )
-
-
-def _through(compressor: nn.Module, n_sinks: int, x: Tensor) -> Tensor:
-    if native_codec(compressor) is None:
-        return x
-    n_tokens = (x.shape[2] - n_sinks) // granularity(compressor) * granularity(compressor)
-    if n_tokens <= 0:
-        return x
-    middle = x[:, :, n_sinks : n_sinks + n_tokens].contiguous()
-    if isinstance(compressor, StreamSetCompressor):
-        coded = compressor.expand(compressor.compress(middle, n_sinks), n_sinks, x.dtype)
-    else:
-        expand: Callable[..., Tensor] = compressor.expand  # type: ignore[assignment]
-        coded = expand(compressor.compress(middle)).to(x.dtype)  # type: ignore[operator]
-    return torch.cat([x[:, :, :n_sinks], coded, x[:, :, n_sinks + n_tokens :]], dim=2)
+    return values[draws].mean(dim=1)

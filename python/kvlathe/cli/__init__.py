@@ -1,0 +1,63 @@
+"""The command line: ``kvlathe tune``, ``kvlathe show`` and ``kvlathe eval``. Works without torch until it is needed."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from .._native import version
+from ..errors import KvlatheError
+from .evaluate import add_eval_arguments, run_eval
+from .options import say
+from .show import add_show_arguments, run_show
+from .tune import CURVE_HEADER, add_tune_arguments, format_point, run_tune
+
+__all__ = ["CURVE_HEADER", "build_parser", "format_point", "main", "run", "tune_main"]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``kvlathe``."""
+    parser = argparse.ArgumentParser(
+        prog="kvlathe", description="Compressed key/value caches for transformers."
+    )
+    parser.add_argument("--version", action="version", version=f"kvlathe {version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    tune = commands.add_parser(
+        "tune", help="calibrate a model and find the fewest bits within a quality budget"
+    )
+    add_tune_arguments(tune)
+    tune.set_defaults(run=run_tune)
+    show = commands.add_parser("show", help="say what a preset holds and what was measured of it")
+    add_show_arguments(show)
+    show.set_defaults(run=run_show)
+    evaluate = commands.add_parser(
+        "eval", help="measure caches against the exact one, and against other methods"
+    )
+    add_eval_arguments(evaluate)
+    evaluate.set_defaults(run=run_eval)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run a parsed command; errors become one sentence on stderr and exit status 1."""
+    try:
+        return int(arguments.run(arguments))
+    except KvlatheError as error:
+        say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted; nothing was written")
+        return 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``kvlathe``."""
+    return run(build_parser().parse_args(argv))
+
+
+def tune_main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the seed's script: the arguments of ``kvlathe tune`` without the word."""
+    parser = argparse.ArgumentParser()
+    add_tune_arguments(parser)
+    parser.set_defaults(run=run_tune)
+    return run(parser.parse_args(argv))

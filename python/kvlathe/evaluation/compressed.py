@@ -1,0 +1,116 @@
+"""Our own caches as methods to evaluate, at the rate of their preset."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from .._native import LowRankCodec, StreamSetCodec
+from .._two_sided_kernel import Coder
+from ..cache import CompressedDynamicCache
+from ..compressors import IdentityCompressor, StreamSetCompressor, granularity, native_codec
+from ..errors import EvaluationError
+from ..preset import Preset, Side
+from ..rope_probe import ModelShape
+from .size import SIDES, exact_token_bytes
+
+
+def _code(compressor: nn.Module, x: Tensor, position: int) -> Tensor:
+    """What a compressor gives back of [B, H, T, D], T a multiple of its granularity."""
+    if isinstance(compressor, StreamSetCompressor):
+        return compressor.expand(compressor.compress(x, position), position, x.dtype)
+    expand: Callable[..., Tensor] = compressor.expand  # type: ignore[assignment]
+    return expand(compressor.compress(x)).to(x.dtype)  # type: ignore[operator]
+
+
+def coders(cache: CompressedDynamicCache) -> tuple[Coder, Coder]:
+    """What an (empty) cache's compressors make of keys and of values: the arguments of `Evaluator.run`.
+
+    Tokens are coded from the first one after the sinks on, in whole blocks; an incomplete last block, which a cache
+    would keep in its tail, stays exact.
+    """
+    return (
+        lambda layer, x: _through(cache.compressor(layer, "key"), cache.n_sinks(layer), x),
+        lambda layer, x: _through(cache.compressor(layer, "value"), cache.n_sinks(layer), x),
+    )
+
+
+def _through(compressor: nn.Module, n_sinks: int, x: Tensor) -> Tensor:
+    if native_codec(compressor) is None:
+        return x
+    n_tokens = (x.shape[2] - n_sinks) // granularity(compressor) * granularity(compressor)
+    if n_tokens <= 0:
+        return x
+    end = n_sinks + n_tokens
+    coded = _code(compressor, x[:, :, n_sinks:end].contiguous(), n_sinks)
+    return torch.cat([x[:, :, :n_sinks], coded, x[:, :, end:]], dim=2)
+
+
+class PresetMethod:
+    """A preset's codecs.
+
+    Args:
+        preset: at the rate to be measured.
+        shape: of the model's cache.
+        label: tells presets apart, such as the file's name; empty where there is only one.
+
+    Raises:
+        EvaluationError: a calibration without a rate.
+    """
+
+    def __init__(self, preset: Preset, shape: ModelShape, label: str = "") -> None:
+        if preset.bits_per_value <= 0:
+            raise EvaluationError(
+                f"the preset {label or preset.meta['model']} holds a calibration, but no rate; give one or more, "
+                f"such as --bits 2.25 3.25"
+            )
+        of = f", {label}" if label else ""
+        kind = "seed preset" if preset.is_seed_style else "kvlathe"
+        self.name = f"{kind} {preset.bits_per_value:.2f} bits{of}"
+        self.family = f"{kind}{of}"
+        self.identity = "preset " + hashlib.sha256(preset.native.to_safetensors()).hexdigest()
+        self._shape = shape
+        self._cache = CompressedDynamicCache.from_preset(preset)
+        streams = [(layer, side) for layer in range(preset.n_layers) for side in SIDES]
+        self._codecs = {(layer, side): preset.codec(layer, side) for layer, side in streams}
+        self.group_len = max(granularity(self._cache.compressor(layer, side)) for layer, side in streams)
+
+    def code(self, layer: int, side: Side, x: Tensor, position: int) -> Tensor:
+        compressor = self._cache.compressor(layer, side)
+        return x if native_codec(compressor) is None else _code(compressor, x, position)
+
+    def coded_bytes(self, layer: int, side: Side, n_tokens: int) -> int:
+        codec = self._codecs[layer, side]
+        if isinstance(codec, StreamSetCodec):
+            return n_tokens // codec.block_len * self._block_bytes[layer, side]
+        if isinstance(codec, LowRankCodec):
+            return n_tokens * self._shape.n_kv_heads * codec.vector_bytes
+        return n_tokens * exact_token_bytes(self._shape)
+
+    @cached_property
+    def _block_bytes(self) -> dict[tuple[int, Side], int]:
+        """What a real cache says that it holds for a block of each side: packed bytes, padding, reference counts."""
+        found: dict[tuple[int, Side], int] = {}
+        for stream in self._codecs:
+            compressor = self._cache.compressor(*stream)
+            if isinstance(compressor, StreamSetCompressor):
+                n_tokens = compressor.n_sinks + compressor.block_len
+                x = torch.zeros(1, self._shape.n_kv_heads, n_tokens, self._shape.head_dim)
+                cache = CompressedDynamicCache([compressor], [IdentityCompressor()], num_layers=1)
+                cache.update(x, x, 0)
+                found[stream] = int(cache.get_memory_stats()["coded_bytes"])
+        return found
+
+    def basis_bytes(self) -> int:
+        total = 0
+        for (layer, side), codec in self._codecs.items():
+            if isinstance(codec, StreamSetCodec):
+                tables = [codec.tables(head) for head in range(codec.n_heads)]
+                total += sum(len(table) for of_head in tables for table in of_head.values())
+            elif codec is not None:
+                total += sum(buffer.nbytes for buffer in self._cache.compressor(layer, side).buffers())
+        return total

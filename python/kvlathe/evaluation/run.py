@@ -1,0 +1,297 @@
+"""Running an evaluation: every method on the same windows, results kept as they come, and found again on a re-run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .._native import fingerprint, version
+from ..errors import EvaluationError
+from ..preset import config_json
+from ..rope_probe import ModelShape
+from .method import Method, coders_of
+from .quality import Evaluator, Quality
+from .size import CacheSize, cache_size
+
+# Lengths at which every result states its bits a value, besides that of its windows.
+LENGTHS = (2048, 8192, 32768)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all methods of a comparison share. Two equal settings give comparable results.
+
+    Attributes:
+        model, text: names for people.
+        model_digest, text_digest: of config and weights, and of the windows' tokens.
+        dtype: what the model computes in.
+        window: tokens of a window.
+        n_windows: how many.
+        mode: "streaming" or "all-coded".
+        n_sinks, tail: first and latest tokens that a query reads exactly; both 0 for "all-coded".
+        library_version: kvlathe's; another version measures anew.
+    """
+
+    model: str
+    model_digest: str
+    text: str
+    text_digest: str
+    dtype: str
+    window: int
+    n_windows: int
+    mode: str
+    n_sinks: int
+    tail: int
+    library_version: str
+
+    def key(self, method: Method) -> str:
+        """Digest of all that a method's numbers depend on."""
+        # Names do not count: the same model in another folder is the same model.
+        settled = {name: value for name, value in asdict(self).items() if name not in ("model", "text")}
+        text = json.dumps([settled, method.identity], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def make_setting(
+    model: PreTrainedModel,
+    windows: Sequence[Tensor],
+    *,
+    model_name: str,
+    text_name: str,
+    mode: str,
+    n_sinks: int,
+    tail: int,
+) -> Setting:
+    """The setting of an evaluation of ``model`` on ``windows`` (LongTensors of one length).
+
+    Raises:
+        EvaluationError: an unknown mode, or windows in which no token would be coded.
+    """
+    if mode not in ("streaming", "all-coded"):
+        raise EvaluationError(f'the mode is {mode!r}, expected "streaming" or "all-coded"')
+    if mode == "all-coded":
+        n_sinks = tail = 0
+    window = min(len(ids) for ids in windows)
+    if window <= n_sinks + tail:
+        raise EvaluationError(
+            f"in windows of {window} tokens, {n_sinks} sinks and a tail of {tail} tokens leave nothing to be coded; "
+            f"use longer windows, a shorter tail or the mode all-coded"
+        )
+    return Setting(
+        model=model_name,
+        model_digest=_model_digest(model),
+        text=text_name,
+        text_digest=windows_digest(windows),
+        dtype=str(model.dtype).removeprefix("torch."),
+        window=window,
+        n_windows=len(windows),
+        mode=mode,
+        n_sinks=n_sinks,
+        tail=tail,
+        library_version=version(),
+    )
+
+
+def windows_digest(windows: Iterable[Tensor]) -> str:
+    """Digest of windows of tokens."""
+    digest = hashlib.sha256()
+    for ids in windows:
+        digest.update(len(ids).to_bytes(8, "little") + ids.cpu().to(torch.int64).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _model_digest(model: PreTrainedModel) -> str:
+    """The config's fingerprint and a few numbers of every parameter: enough to tell fine-tuned models apart."""
+    digest = hashlib.sha256(fingerprint(config_json(model.config)).encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float32)
+        digest.update(name.encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method's figures.
+
+    Attributes:
+        key: `Setting.key` of the method.
+        name, family: the method's.
+        size: of the cache at the window's length.
+        bits_at: bits a value of the whole cache at other lengths, by number of tokens.
+        quality: against the exact cache.
+        seconds: that measuring took.
+    """
+
+    key: str
+    setting: Setting
+    name: str
+    family: str
+    size: CacheSize
+    bits_at: dict[int, float]
+    quality: Quality
+    seconds: float
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps({**asdict(self), "torch_version": torch.__version__})
+
+    @classmethod
+    def from_json(cls, line: str) -> Result:
+        """What `to_json` wrote.
+
+        Raises:
+            ValueError, KeyError, TypeError: it did not.
+        """
+        content = json.loads(line)
+        return cls(
+            key=content["key"],
+            setting=Setting(**content["setting"]),
+            name=content["name"],
+            family=content["family"],
+            size=_dataclass_from(CacheSize, content["size"]),
+            bits_at={int(n): bits for n, bits in content["bits_at"].items()},
+            quality=_dataclass_from(Quality, content["quality"]),
+            seconds=content["seconds"],
+        )
+
+
+def _dataclass_from(kind: Any, content: dict[str, Any]) -> Any:
+    """A frozen dataclass of ours from JSON, whose lists were tuples."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    if set(content) != known:
+        raise KeyError(f"{kind.__name__} with fields {sorted(content)}, expected {sorted(known)}")
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in content.items()})
+
+
+class Results:
+    """A file of results, JSON Lines: one line a method, appended as soon as it is measured.
+
+    Args:
+        path: need not exist. A last line that an interruption cut short is dropped.
+
+    Raises:
+        EvaluationError: the file holds something else, or cannot be read or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._found: dict[str, Result] = {}
+        try:
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            whole, _, cut = text.rpartition("\n")
+            for number, line in enumerate(whole.splitlines(), start=1):
+                self._add(line, number)
+            if cut:
+                with path.open("r+b") as file:
+                    file.truncate(len(text.encode()) - len(cut.encode()))
+        except (OSError, UnicodeDecodeError) as error:
+            raise EvaluationError(f"cannot read the results in {path}: {error}") from error
+
+    def _add(self, line: str, number: int) -> None:
+        try:
+            result = Result.from_json(line)
+        except (ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(
+                f"{self.path}, line {number}, is no result of this version of kvlathe eval ({error}); "
+                f"name another --output or remove the file"
+            ) from error
+        self._found[result.key] = result
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def get(self, key: str) -> Result | None:
+        """The result of that key, if it has been measured."""
+        return self._found.get(key)
+
+    def append(self, result: Result) -> None:
+        """Write a result; it is on the disk when this returns."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(result.to_json() + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise EvaluationError(f"cannot write to {self.path}: {error}") from error
+        self._found[result.key] = result
+
+
+def evaluate(
+    model: PreTrainedModel,
+    windows: Sequence[Tensor],
+    methods: Sequence[Method],
+    setting: Setting,
+    shape: ModelShape,
+    results: Results,
+    *,
+    on_kept: Callable[[Result], None] | None = None,
+) -> Iterator[Result]:
+    """Measure methods one after another and yield each result, in the order given.
+
+    A method that ``results`` already holds for this setting is not measured again. The exact cache runs once for all.
+
+    Args:
+        on_kept: takes each result that was found instead of measured, before it is yielded.
+
+    Raises:
+        EvaluationError: two methods of one name, or results that cannot be written.
+    """
+    names = [method.name for method in methods]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise EvaluationError(f"more than one method is called {', '.join(twice)}; give each once")
+    evaluator = Evaluator(model, windows, tail=setting.tail, n_sinks=setting.n_sinks)
+    waiting = sum(results.get(setting.key(method)) is None for method in methods)
+    times: list[float] = []
+    for method in methods:
+        key = setting.key(method)
+        kept = results.get(key)
+        if kept is not None:
+            kept = dataclasses.replace(kept, name=method.name, family=method.family)
+            (on_kept or (lambda _: None))(kept)
+            yield kept
+            continue
+        start = time.perf_counter()
+        what = f"{method.name} ({len(times) + 1} of {waiting}{_left(times, waiting)})"
+        quality = evaluator.run(*coders_of(method, setting.n_sinks), what=what)
+        times.append(time.perf_counter() - start)
+        result = _result(method, setting, shape, quality, times[-1])
+        results.append(result)
+        yield result
+
+
+def _left(times: Sequence[float], waiting: int) -> str:
+    """How long the methods that wait will take, judged by those that are done."""
+    if not times:
+        return ""
+    # The first run includes the exact cache's, so later ones say more.
+    typical = sorted(times)[len(times) // 2]
+    minutes = typical * (waiting - len(times)) / 60
+    return f", {minutes:.0f} min left" if minutes >= 1 else ", 1 min left"
+
+
+def _result(method: Method, setting: Setting, shape: ModelShape, quality: Quality, seconds: float) -> Result:
+    def size(n_tokens: int) -> CacheSize:
+        return cache_size(method, shape, n_tokens, n_sinks=setting.n_sinks, tail=setting.tail)
+
+    return Result(
+        key=setting.key(method),
+        setting=setting,
+        name=method.name,
+        family=method.family,
+        size=size(setting.window),
+        bits_at={n_tokens: size(n_tokens).bits_per_value for n_tokens in LENGTHS},
+        quality=quality,
+        seconds=seconds,
+    )
