@@ -27,6 +27,7 @@ from .errors import (
     NonFiniteError,
     PresetError,
     ShapeError,
+    UnverifiedPresetWarning,
 )
 from .preset import Preset
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .evaluation import Evaluator, Quality
     from .model_loading import load_model
     from .tuning import TuneOptions, TuneResult, tune
+    from .verification import Verdict, verify
 
 __version__ = _version()
 
@@ -56,12 +58,14 @@ _LAZY = {
     "StreamSetCompressor": "compressors",
     "TuneOptions": "tuning",
     "TuneResult": "tuning",
+    "Verdict": "verification",
     "calibrate": "calibration",
     "corpus_from_files": "corpus",
     "default_corpus": "corpus",
     "load_model": "model_loading",
     "load_preset_cache": "cache",
     "tune": "tuning",
+    "verify": "verification",
 }
 
 __all__ = [
@@ -86,6 +90,8 @@ __all__ = [
     "StreamSetCompressor",
     "TuneOptions",
     "TuneResult",
+    "UnverifiedPresetWarning",
+    "Verdict",
     "__version__",
     "attach",
     "calibrate",
@@ -95,6 +101,7 @@ __all__ = [
     "load_model",
     "load_preset_cache",
     "tune",
+    "verify",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ._native import StreamSetCodec
 from .compressors import IdentityCompressor, QuantizedCalibratedCompressor, StreamSetCompressor
-from .errors import DeviceError, PresetError, ShapeError
+from .errors import DeviceError, PresetError, ShapeError, UnverifiedPresetWarning
 from .layer import CompressedLayer
 from .preset import Preset, Side
 from .stores import Policy
@@ -116,6 +117,7 @@ class CompressedDynamicCache(DynamicCache):
         """
         if model is not None:
             preset.check_model(model.config)
+            _warn_if_unverified(preset)
         k_compressors = [_compressor(preset, layer, "key") for layer in range(preset.n_layers)]
         v_compressors = [_compressor(preset, layer, "value") for layer in range(preset.n_layers)]
         cache = cls.__new__(cls)
@@ -191,6 +193,23 @@ class CompressedDynamicCache(DynamicCache):
         )
 
 
+# Models that a warning was given for.
+_WARNED: set[str] = set()
+
+
+def _warn_if_unverified(preset: Preset) -> None:
+    """Say once a process and model that nobody has measured a preset's quality at its rate."""
+    if preset.is_seed_style or preset.meta["kvlathe"]["measured"] or preset.meta["model"] in _WARNED:
+        return
+    _WARNED.add(preset.meta["model"])
+    warnings.warn(
+        f"the preset of {preset.meta['model']} was never verified at {preset.bits_per_value:.2f} bits a value: nothing "
+        f"is known of its quality; see `kvlathe tune` and `kvlathe verify`",
+        UnverifiedPresetWarning,
+        stacklevel=3,
+    )
+
+
 # A preset's compressors are immutable, and their tables large: made once, shared by all of its caches.
 _COMPRESSORS: WeakKeyDictionary[Preset, dict[tuple[int, Side], nn.Module]] = WeakKeyDictionary()
 
@@ -257,6 +276,8 @@ def load_preset_cache(
 
     Seed-style presets compress values only (rank and int8), as the seed does; ours compress keys and values.
 
+    A preset whose quality was never measured at its rate gives an `UnverifiedPresetWarning`, once.
+
     Args:
         preset_path: a ``.json`` or ``.safetensors`` preset.
         num_layers: the model's number of layers.
@@ -277,6 +298,7 @@ def load_preset_cache(
             f"the preset {os.fspath(preset_path)} is for {preset.meta['model']} with {preset.n_layers} layers, "
             f"the model has {num_layers}; use the preset of this model"
         )
+    _warn_if_unverified(preset)
     return CompressedDynamicCache.from_preset(
         preset,
         compress_start_len=compress_after if adaptive else 0,

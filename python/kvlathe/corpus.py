@@ -253,6 +253,25 @@ def corpus_from_files(
     return Corpus(label, tuple(sections[:count]), tuple(s for s in sections[count:] if s.text not in known))
 
 
+def halves(
+    documents: Sequence[Document], *, seed: int = 0
+) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
+    """Two sides of about equal length, of different documents; a single document is cut in the middle."""
+    if len(documents) == 1:
+        (only,) = documents
+        middle = len(only.text) // 2
+        cut = (only.text[:middle], only.text[middle:])
+        first, second = (Document(f"{only.name}#{i}", text, only.kind) for i, text in enumerate(cut))
+        return (first,), (second,)
+    sides: tuple[list[Document], list[Document]] = ([], [])
+    lengths = [0, 0]
+    for document in sorted(documents, key=lambda document: _rank(document.name, seed)):
+        shorter = int(lengths[1] < lengths[0])
+        sides[shorter].append(document)
+        lengths[shorter] += len(document.text)
+    return tuple(sides[0]), tuple(sides[1])
+
+
 def _token_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 

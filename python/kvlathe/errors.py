@@ -45,3 +45,7 @@ class CorpusError(KvlatheError, ValueError):
 
 class EvaluationError(KvlatheError, RuntimeError):
     """An evaluation cannot be run, read or drawn as asked."""
+
+
+class UnverifiedPresetWarning(UserWarning):
+    """A preset is used whose quality nobody has measured at its rate."""

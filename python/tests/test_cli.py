@@ -16,9 +16,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "auto_tune_kv_compression.py"
 
 
 def arguments(model_folder: Path, text_file: Path, output: Path, *more: str) -> list[str]:
-    small = (
-        "--window 96 --calibration-windows 8 --evaluation-windows 4 --keep-recent 16 --block-len 8".split()
-    )
+    small = "--window 96 --calibration-windows 8 --evaluation-windows 4 --verification-windows 4 --keep-recent 16 --block-len 8".split()
     return ["--model", str(model_folder), "--text", str(text_file), "--output", str(output), *small, *more]
 
 
@@ -112,3 +110,31 @@ def test_showing_a_preset_needs_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "seed-style" in done.stdout
+
+
+def test_verify_says_whether_the_promise_holds(
+    model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "preset.safetensors"
+    assert main(["tune", *arguments(model_folder, text_file, output, "--target-ppl-delta", "0.05")]) == 0
+    own = [
+        str(output),
+        "--model",
+        str(model_folder),
+        "--text",
+        str(text_file),
+        "--window",
+        "96",
+        "--windows",
+        "4",
+    ]
+    capsys.readouterr()
+    assert main(["verify", *own]) == 0
+    printed = capsys.readouterr().out
+    assert "The promise holds." in printed and "+5 %" in printed
+    assert main(["verify", *own, "--target-kld", "1e-12"]) == 1
+    assert "does NOT hold" in capsys.readouterr().out
+    other_rate = tmp_path / "other.safetensors"
+    Preset.load(output).with_bits(3.0).save(other_rate)
+    assert main(["verify", str(other_rate), *own[1:]]) == 1
+    assert "promises nothing" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,14 +19,19 @@ from kvlathe import (
     Corpus,
     CorpusError,
     Preset,
+    PresetError,
     Quality,
     TuneOptions,
     TuneResult,
+    UnverifiedPresetWarning,
+    load_preset_cache,
     tune,
+    verify,
 )
+from kvlathe import cache as cache_module
 from kvlathe.corpus import Document
 from kvlathe.evaluation import upper_bound
-from kvlathe.tuning import CurvePoint, describe_budget, search_bits
+from kvlathe.tuning import CurvePoint, _verify, describe_budget, search_bits
 from tiny_models import VOCAB
 
 # The grid of the search: 16 bits a token and head for gain and guard, and from 0.5 to 8 bits a coefficient.
@@ -153,6 +159,7 @@ def _options(**changes: Any) -> TuneOptions:
         "window": 96,
         "calibration_windows": 6,
         "evaluation_windows": 4,
+        "verification_windows": 4,
         "calibration": CalibrationOptions(tail=TAIL, block_len=8),
     }
     return TuneOptions(**{**settings, **changes})
@@ -180,16 +187,21 @@ def test_tune_end_to_end() -> None:
     # Every cheaper rate that was tried failed.
     assert not any(p.within for p in result.curve if p.bits_per_value < result.best.bits_per_value)
     preset = result.preset
-    assert preset.bits_per_value == pytest.approx(result.best.bits_per_value, abs=1e-6)
+    verified = result.verified
+    assert verified.within
+    assert preset.bits_per_value == pytest.approx(verified.bits_per_value, abs=1e-6)
+    assert preset.bits_per_value >= result.best.bits_per_value - 1e-6
     assert preset.meta["model"] == "tiny"
     measured = preset.meta["kvlathe"]["measured"]
-    assert measured["ppl_delta"] == pytest.approx(result.best.quality.ppl_delta)
+    assert measured["ppl_delta"] == pytest.approx(verified.quality.ppl_delta)
     assert measured["ppl_delta_bound"] <= 0.05
-    assert measured["baseline_perplexity"] == pytest.approx(result.best.quality.exact_perplexity)
+    assert measured["baseline_perplexity"] == pytest.approx(verified.quality.exact_perplexity)
     assert measured["n_positions"] == 4 * 96
     assert len(measured["curve"]) == len(result.curve)
     assert preset.meta["kvlathe"]["calibration"]["n_tokens"] == 6 * 96
-    assert "held out" in measured["text"]
+    assert "neither calibration nor search" in measured["text"]
+    # Other text, so another perplexity: the promise is not measured where the search looked.
+    assert verified.quality.exact_perplexity != result.best.quality.exact_perplexity
 
 
 def test_a_tuned_preset_works() -> None:
@@ -218,6 +230,7 @@ def test_the_same_seed_gives_the_same_bytes() -> None:
 def test_a_tighter_budget_costs_more_bits() -> None:
     loose, tight = _tuned(target_ppl_delta=0.3), _tuned(target_ppl_delta=0.005)
     assert loose.best.bits_per_value < tight.best.bits_per_value
+    assert loose.preset.bits_per_value < tight.preset.bits_per_value
 
 
 def test_a_kld_budget() -> None:
@@ -265,7 +278,65 @@ def test_too_little_text() -> None:
 def test_every_rate_is_shown() -> None:
     seen: list[CurvePoint] = []
     result = tune(model_of("llama"), Bytes(), _corpus(), _options(), on_point=seen.append)
-    assert sorted(seen, key=lambda point: point.bits_per_value) == list(result.curve)
+    assert seen[-1] == result.verified
+    assert sorted(seen[:-1], key=lambda point: point.bits_per_value) == list(result.curve)
+
+
+def test_a_promise_that_fails_on_other_text_costs_bits() -> None:
+    """The search's choice is raised until the budget holds on the text kept for verification."""
+    preset = preset_of("llama")
+    best = _point(preset.with_bits(3.0).bits_per_value, True)
+    tuned, verified = _verify(
+        preset, best, lambda p: _point(p.bits_per_value, p.bits_per_value > best.bits_per_value + 0.2)
+    )
+    assert verified.within
+    assert tuned.bits_per_value == verified.bits_per_value
+    assert best.bits_per_value + 0.2 < tuned.bits_per_value <= best.bits_per_value + 0.51
+    _, hopeless = _verify(preset, best, lambda p: _point(p.bits_per_value, False))
+    assert not hopeless.within
+
+
+def test_a_calibration_can_be_taken_over() -> None:
+    first = _tuned()
+    options = _options(target_ppl_delta=0.3, calibration=CalibrationOptions(tail=TAIL, block_len=8))
+    second = tune(model_of("llama"), Bytes(), _corpus(), options, calibrated=first.preset)
+    assert second.preset.bits_per_value <= first.preset.bits_per_value
+    same, other = (r.preset.with_bits(4.0).native.to_safetensors() for r in (first, second))
+    assert bytes(same) == bytes(other)
+    with pytest.raises(PresetError):
+        tune(model_of("qwen2"), Bytes(), _corpus(), options, calibrated=first.preset)
+
+
+def test_verify_holds_a_preset_to_its_promise() -> None:
+    model, preset, documents = model_of("llama"), _tuned().preset, _corpus(20).held_out
+    kept = verify(model, Bytes(), documents, preset, window=96, n_windows=6)
+    assert kept.target_ppl_delta == 0.05
+    assert kept.holds
+    assert kept.point.ppl_delta_bound <= 0.05
+    broken = verify(model, Bytes(), documents, preset, window=96, n_windows=6, target_kld=1e-9)
+    assert not broken.holds
+    assert broken.target_ppl_delta is None
+    with pytest.raises(PresetError, match="promises nothing"):
+        verify(model, Bytes(), documents, preset.with_bits(3.0), window=96, n_windows=6)
+    with pytest.raises(PresetError):
+        verify(model_of("qwen2"), Bytes(), documents, preset, window=96, n_windows=6)
+
+
+def test_an_unverified_preset_says_so_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(cache_module, "_WARNED", set())
+    preset = _tuned().preset
+    preset.save(tmp_path / "verified.safetensors")
+    preset.with_bits(3.0).save(tmp_path / "other.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_preset_cache(tmp_path / "verified.safetensors", preset.n_layers, device="cpu")
+    with pytest.warns(
+        UnverifiedPresetWarning, match=r"never verified at 3\.\d\d bits|never verified at 2\.9\d bits"
+    ):
+        load_preset_cache(tmp_path / "other.safetensors", preset.n_layers, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_preset_cache(tmp_path / "other.safetensors", preset.n_layers, device="cpu")
 
 
 def test_budgets_in_words() -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``kvlathe tune``, ``kvlathe show`` and ``kvlathe eval``. Works without torch until it is needed."""
+"""The command line: ``kvlathe tune``, ``verify``, ``show`` and ``eval``. Works without torch until it is needed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from .evaluate import add_eval_arguments, run_eval
 from .options import say
 from .show import add_show_arguments, run_show
 from .tune import CURVE_HEADER, add_tune_arguments, format_point, run_tune
+from .verify import add_verify_arguments, run_verify
 
 __all__ = ["CURVE_HEADER", "build_parser", "format_point", "main", "run", "tune_main"]
 
@@ -27,6 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_tune_arguments(tune)
     tune.set_defaults(run=run_tune)
+    verify = commands.add_parser("verify", help="hold a preset to its promise on your own text")
+    add_verify_arguments(verify)
+    verify.set_defaults(run=run_verify)
     show = commands.add_parser("show", help="say what a preset holds and what was measured of it")
     add_show_arguments(show)
     show.set_defaults(run=run_show)

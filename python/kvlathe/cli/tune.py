@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..preset import Preset
 from .options import add_model_argument, add_run_arguments, add_seed_argument, count, positive, say
 
 if TYPE_CHECKING:
@@ -52,18 +53,25 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
         "--text",
         nargs="+",
         type=Path,
-        help="text files or folders; one part calibrates, the other judges "
+        help="text files or folders; one part calibrates, one guides the search, one verifies "
         "(default: this Python's documentation and sources)",
     )
     text.add_argument("--window", type=count, default=1024, help="tokens of a window (default %(default)s)")
     text.add_argument("--calibration-windows", type=count, default=32, help="default %(default)s")
     text.add_argument("--evaluation-windows", type=count, default=12, help="default %(default)s")
+    text.add_argument("--verification-windows", type=count, default=12, help="default %(default)s")
     add_seed_argument(text)
+    parser.add_argument(
+        "--calibrated",
+        type=Path,
+        metavar="PRESET",
+        help="take over this preset's calibration instead of making one: only the rate is searched",
+    )
     codec = parser.add_argument_group("codec")
     codec.add_argument(
         "--block-len",
         type=int,
-        default=32,
+        default=64,
         choices=(8, 16, 32, 64, 128, 256),
         help="tokens of a packed block (default %(default)s)",
     )
@@ -94,6 +102,7 @@ def _tune_options(arguments: argparse.Namespace) -> TuneOptions:
         window=arguments.window,
         calibration_windows=arguments.calibration_windows,
         evaluation_windows=arguments.evaluation_windows,
+        verification_windows=arguments.verification_windows,
         confidence=arguments.confidence,
         calibration=CalibrationOptions(
             block_len=arguments.block_len,
@@ -132,6 +141,7 @@ def run_tune(arguments: argparse.Namespace) -> int:
     from ..tuning import describe_budget, tune
 
     options = _tune_options(arguments)
+    calibrated = Preset.load(arguments.calibrated) if arguments.calibrated else None
     device = available_device(arguments.device)
     corpus = corpus_from_files(arguments.text) if arguments.text else default_corpus(seed=arguments.seed)
     loaded = load_model(arguments.model, device=device, dtype=getattr(torch, arguments.dtype))
@@ -143,6 +153,7 @@ def run_tune(arguments: argparse.Namespace) -> int:
         corpus,
         options,
         name=loaded.name,
+        calibrated=calibrated,
         on_note=lambda note: say(f"note: {note}"),
         on_point=lambda point: say(format_point(point)),
     )
@@ -150,6 +161,7 @@ def run_tune(arguments: argparse.Namespace) -> int:
     print(f"The curve, by rate:\n{CURVE_HEADER}")
     for point in result.curve:
         print(format_point(point) + ("   <- chosen" if point is result.best else ""))
+    print(f"Verified on text that the search did not see:\n{format_point(result.verified)}")
     size_mb = arguments.output.stat().st_size / 2**20
     print(
         f"Wrote {arguments.output} ({size_mb:.1f} MB): {result.preset.bits_per_value:.2f} bits a value, "
