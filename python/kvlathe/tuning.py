@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,19 +97,23 @@ class TuneResult:
     verified: CurvePoint
 
 
-def measure(
-    evaluator: Evaluator, preset: Preset, options: TuneOptions, what: str = "evaluating"
-) -> CurvePoint:
-    """One preset's quality and whether it is within the budget."""
-    cache = CompressedDynamicCache.from_preset(preset)
-    quality = evaluator.run(*coders(cache), what=what)
+def judge(quality: Quality, bits_per_value: float, options: TuneOptions) -> CurvePoint:
+    """Holds a measurement against the budget."""
     confidence = options.confidence
     ppl_bound = math.expm1(upper_bound(quality.log_ratio_by_window, confidence=confidence))
     kld_bound = upper_bound(quality.kld_by_window, confidence=confidence)
     within = (options.target_ppl_delta is None or ppl_bound <= options.target_ppl_delta) and (
         options.target_kld is None or kld_bound <= options.target_kld
     )
-    return CurvePoint(preset.bits_per_value, quality, ppl_bound, kld_bound, within)
+    return CurvePoint(bits_per_value, quality, ppl_bound, kld_bound, within)
+
+
+def measure(
+    evaluator: Evaluator, preset: Preset, options: TuneOptions, what: str = "evaluating"
+) -> CurvePoint:
+    """One preset's quality and whether it is within the budget."""
+    cache = CompressedDynamicCache.from_preset(preset)
+    return judge(evaluator.run(*coders(cache), what=what), preset.bits_per_value, options)
 
 
 def search_bits(
@@ -181,46 +185,100 @@ def tune(
     """
     options = options or TuneOptions()
     seed = options.calibration.seed
-    search_text, verification_text = halves(corpus.held_out, seed=seed)
-    to_search = windows(tokenizer, search_text, options.window, options.evaluation_windows, seed)
-    to_verify = windows(tokenizer, verification_text, options.window, options.verification_windows, seed)
     if calibrated is None:
-        to_calibrate = windows(
-            tokenizer, corpus.calibration, options.window, options.calibration_windows, seed
+        text = windows(tokenizer, corpus.calibration, options.window, options.calibration_windows, seed)
+        calibrated = calibrate(
+            model, text, name=name, text_name=corpus.name, options=options.calibration, on_note=on_note
         )
-        preset = calibrate(
-            model,
-            to_calibrate,
-            name=name,
-            text_name=corpus.name,
-            options=options.calibration,
-            on_note=on_note,
-        )
-    else:
+    return Tuner(model, tokenizer, corpus, calibrated, options).fit(
+        options, on_note=on_note, on_point=on_point
+    )
+
+
+class Tuner:
+    """Finds rates for budgets: one calibration and one text; what was measured for one budget serves the next.
+
+    Args:
+        corpus: its held-out part is split, by document, in text for the search and text to verify on.
+        calibrated: a preset of this model; its rate does not matter.
+        options: how much text, which tail; budgets are those of `fit`.
+
+    Raises:
+        PresetError: `calibrated` belongs to another model.
+        CorpusError: too little text.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        corpus: Corpus,
+        calibrated: Preset,
+        options: TuneOptions,
+    ) -> None:
         calibrated.check_model(model.config)
-        preset = calibrated
+        self._calibrated, self._text_name = calibrated, corpus.name
+        seed, tail = options.calibration.seed, options.calibration.tail
+        sides = halves(corpus.held_out, seed=seed)
+        n_windows = (options.evaluation_windows, options.verification_windows)
+        self._search, self._verification = (
+            _Judge(
+                Evaluator(
+                    model,
+                    windows(tokenizer, side, options.window, n, seed),
+                    tail=tail,
+                    n_sinks=calibrated.n_sinks,
+                )
+            )
+            for side, n in zip(sides, n_windows, strict=True)
+        )
 
-    def trying(text: Sequence[torch.Tensor], verb: str) -> Callable[[Preset], CurvePoint]:
-        evaluator = Evaluator(model, text, tail=options.calibration.tail, n_sinks=options.calibration.n_sinks)
+    def fit(
+        self,
+        options: TuneOptions,
+        *,
+        on_note: Callable[[str], None] | None = None,
+        on_point: Callable[[CurvePoint], None] | None = None,
+    ) -> TuneResult:
+        """The fewest bits within the budget of ``options``, verified; see `tune`.
 
-        def try_bits(candidate: Preset) -> CurvePoint:
-            point = measure(evaluator, candidate, options, f"{verb} {candidate.bits_per_value:.2f} bits")
-            if on_point is not None:
-                on_point(point)
-            return point
+        Raises:
+            BudgetError: no rate meets the budget.
+        """
 
-        return try_bits
+        def trying(text: _Judge, verb: str) -> Callable[[Preset], CurvePoint]:
+            def try_bits(candidate: Preset) -> CurvePoint:
+                point = text.point(candidate, options, f"{verb} {candidate.bits_per_value:.2f} bits")
+                if on_point is not None:
+                    on_point(point)
+                return point
 
-    best, curve = search_bits(preset, trying(to_search, "trying"))
-    if best is None:
-        raise BudgetError(_cannot_be_met(curve[-1], options))
-    if on_note is not None:
-        on_note("verifying on text that the search did not see")
-    tuned, verified = _verify(preset, best, trying(to_verify, "verifying"))
-    if not verified.within:
-        raise BudgetError(_cannot_be_met(verified, options))
-    tuned = tuned.with_measured(record(verified, curve, corpus.name, options))
-    return TuneResult(tuned, tuple(curve), best, verified)
+            return try_bits
+
+        best, curve = search_bits(self._calibrated, trying(self._search, "trying"))
+        if best is None:
+            raise BudgetError(_cannot_be_met(curve[-1], options))
+        if on_note is not None:
+            on_note("verifying on text that the search did not see")
+        tuned, verified = _verify(self._calibrated, best, trying(self._verification, "verifying"))
+        if not verified.within:
+            raise BudgetError(_cannot_be_met(verified, options))
+        tuned = tuned.with_measured(record(verified, curve, self._text_name, options))
+        return TuneResult(tuned, tuple(curve), best, verified)
+
+
+class _Judge:
+    """One text, and what was measured on it, by rate."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self._evaluator = evaluator
+        self._known: dict[float, Quality] = {}
+
+    def point(self, candidate: Preset, options: TuneOptions, what: str) -> CurvePoint:
+        bits = candidate.bits_per_value
+        if bits not in self._known:
+            self._known[bits] = measure(self._evaluator, candidate, options, what).quality
+        return judge(self._known[bits], bits, options)
 
 
 def _verify(

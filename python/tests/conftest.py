@@ -40,7 +40,9 @@ def smollm2() -> LoadedModel:
 @pytest.fixture(scope="session")
 def bundled_preset() -> Preset:
     """The preset of that model which comes with the package."""
-    with resources.as_file(resources.files("kvlathe") / "presets/smollm2-135m-instruct.safetensors") as path:
+    with resources.as_file(
+        resources.files("kvlathe") / "presets/smollm2-135m-instruct-balanced.safetensors"
+    ) as path:
         return Preset.load(path)
 
 

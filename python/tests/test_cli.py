@@ -16,7 +16,8 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "auto_tune_kv_compression.py"
 
 
 def arguments(model_folder: Path, text_file: Path, output: Path, *more: str) -> list[str]:
-    small = "--window 96 --calibration-windows 8 --evaluation-windows 4 --verification-windows 4 --keep-recent 16 --block-len 8".split()
+    windows = "--window 96 --calibration-windows 8 --evaluation-windows 4 --verification-windows 4"
+    small = f"{windows} --keep-recent 16 --block-len 8".split()
     return ["--model", str(model_folder), "--text", str(text_file), "--output", str(output), *small, *more]
 
 
