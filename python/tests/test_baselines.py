@@ -319,12 +319,15 @@ def test_bits_are_those_of_the_paper(name: str, bits: float) -> None:
     assert 8 * n_bytes / (2 * 4 * 128 * n_tokens) == pytest.approx(bits, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in baselines.NAMES if "quanto" not in name and "hqq" not in name]
-)
+@pytest.mark.parametrize("name", baselines.NAMES)
 def test_every_baseline_codes_a_model(name: str) -> None:
     """Shapes and dtypes come back, and more error than none but less than the numbers themselves."""
-    method = baselines.make(name, subject())
+    try:
+        method = baselines.make(name, subject())
+    except EvaluationError as error:
+        if not name.startswith(("hf-quanto", "hf-hqq")):
+            raise
+        pytest.skip(str(error))
     assert method.name == name
     n_tokens = 2 * method.group_len * 8
     for side, x in zip(("key", "value"), random_kv(n_tokens), strict=True):

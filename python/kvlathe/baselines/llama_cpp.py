@@ -1,4 +1,4 @@
-"""llama.cpp's cache types q8_0 and q4_0 (ggml-quants.c), and q4_0 after a Hadamard rotation (--cache-type-k q4_0).
+"""llama.cpp's cache types q8_0 and q4_0 (--cache-type-k, ggml-quants.c), and q4_0 after a Hadamard rotation.
 
 A token's row, all KV heads one after another, is cut into blocks of 32 numbers with one float16 scale d each::
 

@@ -101,8 +101,8 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         choices=("streaming", "all-coded"),
         default="streaming",
-        help="streaming: sinks and tail are read exactly; all-coded: every token is read coded, a query's own "
-        "included, but for an incomplete last group (default %(default)s)",
+        help="streaming: sinks and tail are read exactly; all-coded: every token is read coded, the first ones "
+        "and a query's own included, but for an incomplete last group (default %(default)s)",
     )
     text.add_argument("--sinks", type=int, default=4, help="first tokens, exact (default %(default)s)")
     text.add_argument("--tail", type=int, default=128, help="latest tokens, exact (default %(default)s)")
@@ -216,18 +216,23 @@ def _check_length(config: Any, window: int) -> None:
 
 def _draw(results: Sequence[Result], skipped: Sequence[str], arguments: argparse.Namespace) -> None:
     """The report and the plots that were asked for."""
-    if arguments.report is not None:
-        from ..evaluation.report import html_report
+    from ..errors import EvaluationError
+    from ..evaluation.plots import PLOTS, svg
+    from ..evaluation.report import html_report
 
-        arguments.report.write_text(html_report(results, skipped), encoding="utf-8")
-        say(f"Wrote {arguments.report}")
-    if arguments.plots is not None:
-        from ..evaluation.plots import PLOTS, svg
-
-        arguments.plots.mkdir(exist_ok=True)
-        for name, draw in PLOTS.items():
-            (arguments.plots / f"{name}.svg").write_text(svg(draw(results)), encoding="utf-8")
-        say(f"Wrote {', '.join(f'{name}.svg' for name in PLOTS)} to {arguments.plots}")
+    try:
+        if arguments.report is not None:
+            arguments.report.write_text(html_report(results, skipped), encoding="utf-8")
+            say(f"Wrote {arguments.report}")
+        if arguments.plots is not None:
+            arguments.plots.mkdir(exist_ok=True)
+            for name, draw in PLOTS.items():
+                (arguments.plots / f"{name}.svg").write_text(svg(draw(results)), encoding="utf-8")
+            say(f"Wrote {', '.join(f'{name}.svg' for name in PLOTS)} to {arguments.plots}")
+    except OSError as error:
+        raise EvaluationError(
+            f"cannot write {error.filename}: {error.strerror}; the results themselves are in {arguments.output}"
+        ) from error
 
 
 def run_eval(arguments: argparse.Namespace) -> int:

@@ -278,7 +278,7 @@ def _left(times: Sequence[float], waiting: int) -> str:
     # The first run includes the exact cache's, so later ones say more.
     typical = sorted(times)[len(times) // 2]
     minutes = typical * (waiting - len(times)) / 60
-    return f", {minutes:.0f} min left" if minutes >= 1 else ", 1 min left"
+    return f", {minutes:.0f} min left" if minutes >= 1 else ", less than a minute left"
 
 
 def _result(method: Method, setting: Setting, shape: ModelShape, quality: Quality, seconds: float) -> Result:
