@@ -34,7 +34,7 @@ def main() -> int:
         calibrated = Preset.load(arguments.calibrated)
     else:
         text = windows(loaded.tokenizer, corpus.calibration, options.window, options.calibration_windows)
-        calibrated = calibrate(loaded.model, text, name=loaded.name, text_name=corpus.name)
+        calibrated = calibrate(loaded.model, text, name="SmolLM2-135M-Instruct", text_name=corpus.name)
     tuner = Tuner(loaded.model, loaded.tokenizer, corpus, calibrated, options)
     for budget, (target_ppl_delta, target_kld) in BUDGETS.items():
         result = tuner.fit(replace(options, target_ppl_delta=target_ppl_delta, target_kld=target_kld))
