@@ -26,6 +26,7 @@ from .errors import (
     ModelError,
     NonFiniteError,
     PresetError,
+    RollbackError,
     ShapeError,
 )
 from .preset import Preset
@@ -82,6 +83,7 @@ __all__ = [
     "PresetError",
     "Quality",
     "QuantizedCalibratedCompressor",
+    "RollbackError",
     "ShapeError",
     "StreamSetCompressor",
     "TuneOptions",

@@ -81,10 +81,11 @@ class CompressedLayer(DynamicLayer):
         self._values_per_token = key_states.shape[1] * (key_states.shape[3] + value_states.shape[3])
         # What stubs show: one element seen through zero strides, the right shape without the memory.
         self._element = key_states.new_zeros(())
-        self._store = make_store(
-            self._k_compressor, self._v_compressor, self.policy, key_states, value_states
-        )
+        self._store = self._new_store(key_states, value_states)
         self.is_initialized = True
+
+    def _new_store(self, key_states: Tensor, value_states: Tensor) -> LayerStore:
+        return make_store(self._k_compressor, self._v_compressor, self.policy, key_states, value_states)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -247,16 +248,24 @@ class CompressedLayer(DynamicLayer):
         """Code tokens only once the next call shows that they were not rolled back (assisted decoding)."""
         self.record_past = True
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest tokens; zero or negative, as in transformers 5.
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Refuse what `crop` could not do.
 
-        Exact tokens vanish without a trace. A cut into coded tokens leaves the rest of their block as decoded.
+        Raises:
+            ShapeError: a positive number.
         """
         if tokens_to_remove > 0:
             raise ShapeError(
                 f"crop({tokens_to_remove}): give a negative number of tokens to remove; to keep {tokens_to_remove} "
                 f"tokens, call crop({tokens_to_remove} - cache.get_seq_length())"
             )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens; zero or negative, as in transformers 5.
+
+        Exact tokens vanish without a trace. A cut into coded tokens leaves the rest of their block as decoded.
+        """
+        self.check_crop(tokens_to_remove)
         if self._store is not None and tokens_to_remove < 0:
             self._store.crop(min(-tokens_to_remove, self._store.n_tokens))
 
