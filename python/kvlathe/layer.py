@@ -113,12 +113,12 @@ class CompressedLayer(DynamicLayer):
         # The first tokens of a sequence have nothing packed behind them: dense attention takes them as they come.
         if attends and store.can_attend and store.n_tokens:
             return self._update_for_attention(store, key_states, value_states)
-        past = store.n_tokens
         try:
-            if past:
+            if store.n_tokens:
                 keys, values = store.read(room=key_states.shape[2])
-                keys[:, :, past:] = key_states
-                values[:, :, past:] = value_states
+                # From the end: a sliding window shows less than all that came before.
+                keys[:, :, keys.shape[2] - key_states.shape[2] :] = key_states
+                values[:, :, values.shape[2] - value_states.shape[2] :] = value_states
             else:
                 keys, values = key_states, value_states
             store.append(key_states, value_states)
