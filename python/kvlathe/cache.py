@@ -13,9 +13,9 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from ._native import StreamSetCodec
 from .compressors import IdentityCompressor, QuantizedCalibratedCompressor, StreamSetCompressor
-from .errors import DeviceError, ModelError, PresetError, ShapeError
+from .errors import DeviceError, ModelError, PresetError, RollbackError, ShapeError
 from .layer import CompressedLayer
-from .layer_kinds import LayerKind, layer_kinds, tensor_bytes
+from .layer_kinds import LayerKind, holds_recurrent_state, layer_kinds, tensor_bytes
 from .preset import Preset, Side
 from .stores import Policy
 from .window import WindowLayer
@@ -212,11 +212,17 @@ class CompressedDynamicCache(DynamicCache):
 
         Raises:
             ShapeError: a positive number.
-            RollbackError: a sliding window that would lack tokens. No layer has been changed.
+            RollbackError: a sliding window that would lack tokens, or a recurrent state, which has no way back.
+                No layer has been changed.
         """
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             if isinstance(layer, CompressedLayer):
                 layer.check_crop(tokens_to_remove)
+            elif tokens_to_remove < 0 and holds_recurrent_state(layer):
+                raise RollbackError(
+                    f"crop({tokens_to_remove}): layer {index} keeps a recurrent state, from which no token can be "
+                    f"removed; copy the cache before tokens that may be removed, or reset() and start again"
+                )
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
@@ -232,6 +238,16 @@ class CompressedDynamicCache(DynamicCache):
         """
         self._require_states(layer_idx)
         return super().has_previous_state(layer_idx, *args, **kwargs)
+
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """A convolution's state; see `DynamicCache` and `has_previous_state`."""
+        self._require_states(layer_idx)
+        return super().get_conv_state(layer_idx, *args, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """A recurrent state; see `DynamicCache` and `has_previous_state`."""
+        self._require_states(layer_idx)
+        return super().get_recurrent_state(layer_idx, *args, **kwargs)
 
     def update_conv_state(
         self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any

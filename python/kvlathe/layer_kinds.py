@@ -71,6 +71,11 @@ def _kind(layer: Any) -> LayerKind:
     return LayerKind(stock=layer)
 
 
+def holds_recurrent_state(layer: Any) -> bool:
+    """Whether one of transformers' own layers holds a state in which all tokens are summed up."""
+    return any(getattr(layer, "is_recurrent_states_initialized", {}).values())
+
+
 def tensor_bytes(layer: Any) -> int:
     """Bytes of the tensors that one of transformers' own layers holds."""
     return sum(

@@ -124,9 +124,7 @@ def _noisy_copy(family: Family) -> Any:
     assistant = copy.deepcopy(family.model)
     with torch.no_grad():
         for parameter in assistant.parameters():
-            parameter.add_(
-                0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-            )
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     return assistant
 
 

@@ -1,7 +1,7 @@
 """The model families of the matrix: a tiny random model of each, and what it is expected to do.
 
-What is expected is stated here and checked by the run, so that the table in `docs/models.md` cannot drift: a family that
-starts or stops working fails a test.
+What is expected is stated here and checked by the run, so that the table in `docs/models.md` cannot drift: a family
+that starts or stops working fails a test.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class Family:
         what: what is special about its cache or its attention.
         calibrates: whether `calibrate` accepts it, so that its cache can be compressed.
         attaches: whether `attach` accepts it, so that attention reads packed blocks.
-        upstream_refuses: behaviours that transformers itself refuses for this family, with any cache.
+        upstream_refuses: behaviours that transformers itself refuses for this family, or gets wrong, with its own
+            cache; ours must refuse them.
+        not_applicable: behaviours that mean nothing for this family.
         overrides: settings of the tiny model.
     """
 
@@ -35,6 +37,7 @@ class Family:
     calibrates: bool = True
     attaches: bool = True
     upstream_refuses: frozenset[str] = frozenset()
+    not_applicable: frozenset[str] = frozenset()
     overrides: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -62,12 +65,12 @@ class Family:
 
 
 _NO_ROLLBACK = frozenset({"assisted_greedy", "assisted_sample", "prompt_lookup", "cache_crop"})
-_NO_EMBEDDINGS = frozenset({"from_inputs_embeds"})
-# What decoders alone can do: their prompt is the encoder's here.
-_ENCODER_DECODER = frozenset(
-    {"from_inputs_embeds", "left_padding", "chunked_prefill", "continue_from_past", "assisted_greedy"}
-    | {"assisted_sample"}
-)
+# Their prompt is the encoder's.
+_DECODERS_ONLY = frozenset(
+    {"from_inputs_embeds", "left_padding", "chunked_prefill", "continue_from_past"}
+) | {
+    "assisted_sample"  # its assistant is a decoder
+}
 
 FAMILIES: tuple[Family, ...] = (
     Family("llama", "Llama", "RoPE in halves, grouped heads"),
@@ -80,7 +83,12 @@ FAMILIES: tuple[Family, ...] = (
         "gemma3",
         "Gemma 3",
         "sliding and full layers, two RoPE bases, head_dim 256",
-        overrides={"head_dim": 256, "query_pre_attn_scalar": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
+        overrides={
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        },
     ),
     Family("phi3", "Phi-3", "RoPE on part of a head"),
     Family("phi3_longrope", "Phi-3, long context", "longrope"),
@@ -106,7 +114,16 @@ FAMILIES: tuple[Family, ...] = (
         attaches=False,
         upstream_refuses=_NO_ROLLBACK,
     ),
-    Family("t5", "T5", "encoder-decoder, position bias", calibrates=False, attaches=False, upstream_refuses=_ENCODER_DECODER),
-    Family("bart", "BART", "encoder-decoder", calibrates=False, attaches=False, upstream_refuses=_ENCODER_DECODER),
+    Family(
+        "t5",
+        "T5",
+        "encoder-decoder, position bias",
+        calibrates=False,
+        attaches=False,
+        not_applicable=_DECODERS_ONLY,
+    ),
+    Family(
+        "bart", "BART", "encoder-decoder", calibrates=False, attaches=False, not_applicable=_DECODERS_ONLY
+    ),
 )
 BY_NAME = {family.name: family for family in FAMILIES}

@@ -35,8 +35,12 @@ def test_the_matrix_is_complete() -> None:
     assert len(CODED) >= 18 and len(FUSED) >= 15
 
 
-@pytest.mark.parametrize("behaviour", BEHAVIOURS)
-@pytest.mark.parametrize("family", CODED, ids=_name)
+CELLS = [(family, name) for family in CODED for name in BEHAVIOURS if name not in family.not_applicable]
+
+
+@pytest.mark.parametrize(
+    ("family", "behaviour"), CELLS, ids=[f"{family.name}-{behaviour}" for family, behaviour in CELLS]
+)
 def test_compressed(family: Family, behaviour: str) -> None:
     run = BEHAVIOURS[behaviour]
     expected, given = stock_outcome(family.name, behaviour), run(family, family.coded_cache)
@@ -77,12 +81,13 @@ def test_fused_and_expanded_paths_agree(family: Family) -> None:
         beams = generate(family, prompt, family.coded_cache(), num_beams=2)
     finally:
         detach(family.model)
-    # Single codes of tokens that are packed later may round the other way: hence a bound for the mean as well.
-    torch.testing.assert_close(fused, expanded, atol=5e-2, rtol=5e-3)
-    assert float((fused - expanded).abs().mean()) < 2e-3
+    # Single codes of tokens that are packed later may round the other way, and random weights amplify that: hence
+    # a bound for the whole, and a narrow one for the first step.
+    assert float((fused - expanded).norm() / expanded.norm()) < 0.015
+    torch.testing.assert_close(fused[:, 0], expanded[:, 0], atol=1e-2, rtol=1e-2)
     padded = BEHAVIOURS["left_padding"](family, family.coded_cache)
     assert padded.logits is not None and outcome.logits is not None
-    torch.testing.assert_close(outcome.logits[0], padded.logits[0], atol=5e-2, rtol=5e-3)
+    torch.testing.assert_close(outcome.logits[0], padded.logits[0], atol=1e-2, rtol=1e-2)
     assert beams.shape == (2, 48)
 
 
