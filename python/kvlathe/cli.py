@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ._native import version
+from ._requirements import check_transformers
 from .errors import KvlatheError
 from .preset import Preset
 
@@ -161,6 +162,7 @@ def run_tune(arguments: argparse.Namespace) -> int:
     if not arguments.output.parent.is_dir():
         _say(f"--output {arguments.output}: there is no folder {arguments.output.parent}")
         return 2
+    check_transformers()
     import torch
 
     from .cache import available_device
@@ -253,7 +255,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run a parsed command; errors become one sentence on stderr and exit status 1."""
     try:
         return int(arguments.run(arguments))
-    except KvlatheError as error:
+    except (KvlatheError, ImportError) as error:
         _say(f"error: {error}")
         return 1
     except KeyboardInterrupt:

@@ -123,7 +123,7 @@ def test_identity_takes_the_stock_caches_bytes(step: int) -> None:
 def test_the_equivalent_is_what_the_stock_cache_takes(name: str) -> None:
     model = model_of(name)
     for cache in (compressed_cache(name), identity_cache(model)):
-        stock = DynamicCache()
+        stock = DynamicCache(config=model.config)
         for each in (cache, stock):
             model(tokens(70, batch=2), past_key_values=each)
         held = sum(t.numel() * t.element_size() for layer in stock.layers for t in (layer.keys, layer.values))

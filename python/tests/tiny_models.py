@@ -67,7 +67,14 @@ _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma2": (
         "Gemma2Config",
         "Gemma2ForCausalLM",
-        {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0},
+        {
+            "head_dim": 16,
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": 2.0,
+            # transformers 5.20 would take SDPA and leave the soft cap out; later releases choose this themselves.
+            "attn_implementation": "eager",
+        },
     ),
     "gemma3": (
         "Gemma3TextConfig",
