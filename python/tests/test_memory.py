@@ -289,4 +289,4 @@ def test_expanded_tensors_are_not_kept() -> None:
     cache = one_layer_cache(stream_compressor(side="key"), stream_compressor(side="value"))
     cache.update(*random_kv(2000), 0)
     held = [value for value in vars(cache.layers[0]).values() if isinstance(value, Tensor)]
-    assert _bytes_of(held) == 0
+    assert _bytes_of(held) <= 4  # the one number that stubs are views of
