@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ._native import version as _version
+from ._requirements import check_transformers
 from .errors import (
     BudgetError,
     CalibrationError,
@@ -26,6 +27,7 @@ from .errors import (
     ModelError,
     NonFiniteError,
     PresetError,
+    RollbackError,
     ShapeError,
     UnverifiedPresetWarning,
 )
@@ -86,6 +88,7 @@ __all__ = [
     "PresetError",
     "Quality",
     "QuantizedCalibratedCompressor",
+    "RollbackError",
     "ShapeError",
     "StreamSetCompressor",
     "TuneOptions",
@@ -108,6 +111,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'kvlathe' has no attribute {name!r}")
+    check_transformers()
     try:
         value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     except ModuleNotFoundError as error:

@@ -40,11 +40,14 @@ SUPPORTED_MODEL_TYPES = frozenset(
         "glm",
         "gpt_neox",
         "gpt_oss",
+        "granite",
         "llama",
         "mistral",
+        "olmo2",
         "phi3",
         "qwen2",
         "qwen3",
+        "qwen3_moe",
         "smollm3",
         "stablelm",
     }
@@ -106,8 +109,10 @@ def _announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
     if isinstance(cache, CompressedDynamicCache):
         layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
-        if layer_idx < len(cache.layers):
-            cache.layers[layer_idx].attends_next = True
+        layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+        # Sliding windows and transformers' own layers go through dense attention.
+        if isinstance(layer, CompressedLayer) and not layer.is_sliding:
+            layer.attends_next = True
 
 
 def _generate_in_chunks(

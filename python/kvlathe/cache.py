@@ -10,14 +10,16 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from ._native import StreamSetCodec
 from .compressors import IdentityCompressor, QuantizedCalibratedCompressor, StreamSetCompressor
-from .errors import DeviceError, PresetError, ShapeError, UnverifiedPresetWarning
+from .errors import DeviceError, ModelError, PresetError, RollbackError, ShapeError, UnverifiedPresetWarning
 from .layer import CompressedLayer
+from .layer_kinds import LayerKind, holds_recurrent_state, layer_kinds, tensor_bytes
 from .preset import Preset, Side
 from .stores import Policy
+from .window import WindowLayer
 
 
 class CompressedDynamicCache(DynamicCache):
@@ -34,10 +36,14 @@ class CompressedDynamicCache(DynamicCache):
         num_layers: the model's number of layers.
         compress_start_len: sequences up to this many tokens are not coded at all.
         uncompressed_tail: this many latest tokens stay exact; up to a block less one more do.
+        config: the model's. With it every layer is served as its kind of attention wants: those with a sliding
+            window hold their window only, and those that keep something else than keys and values keep it as
+            they do in ``DynamicCache(config=config)``, uncompressed. Without it every layer holds all tokens.
 
     Raises:
-        ShapeError: lists of another length than ``num_layers``, negative lengths.
+        ShapeError: lists of another length than ``num_layers``, negative lengths, a config of another number of layers.
         PresetError: a compressor without ``compress`` or ``expand``.
+        ModelError: a config with layers for which transformers has no growing cache.
 
     Example:
         >>> cache = CompressedDynamicCache([IdentityCompressor()] * 2, [IdentityCompressor()] * 2, num_layers=2)
@@ -45,7 +51,8 @@ class CompressedDynamicCache(DynamicCache):
         0
     """
 
-    layers: list[CompressedLayer]  # type: ignore[assignment]  # narrower than DynamicCache's, fixed in `_build`
+    # CompressedLayer, WindowLayer, or where the config says so one of transformers' own.
+    layers: list[Any]
 
     def __init__(
         self,
@@ -54,8 +61,12 @@ class CompressedDynamicCache(DynamicCache):
         num_layers: int,
         compress_start_len: int = 0,
         uncompressed_tail: int = 0,
+        *,
+        config: PreTrainedConfig | None = None,
     ) -> None:
-        self._build(k_compressors, v_compressors, num_layers, compress_start_len, uncompressed_tail, None)
+        self._build(
+            k_compressors, v_compressors, num_layers, compress_start_len, uncompressed_tail, config, None
+        )
 
     def _build(
         self,
@@ -64,6 +75,7 @@ class CompressedDynamicCache(DynamicCache):
         num_layers: int,
         compress_start_len: int,
         uncompressed_tail: int,
+        config: PreTrainedConfig | None,
         device: torch.device | None,
     ) -> None:
         for name, given in (
@@ -87,17 +99,25 @@ class CompressedDynamicCache(DynamicCache):
                     raise PresetError(
                         f"{name}[{layer}] is a {type(compressor).__name__} without compress() and expand()"
                     )
-        layers = []
-        for k_compressor, v_compressor in zip(k_compressors, v_compressors, strict=True):
+        kinds = [LayerKind()] * num_layers if config is None else layer_kinds(config, num_layers)
+        layers: list[Any] = []
+        for kind, k_compressor, v_compressor in zip(kinds, k_compressors, v_compressors, strict=True):
             n_sinks = max(int(getattr(c, "n_sinks", 0)) for c in (k_compressor, v_compressor))
             policy = Policy(n_sinks, compress_start_len, uncompressed_tail)
-            layers.append(CompressedLayer(k_compressor, v_compressor, policy, device))
+            if kind.stock is not None:
+                layers.append(kind.stock)
+            elif kind.sliding_window is not None:
+                layers.append(WindowLayer(k_compressor, v_compressor, policy, kind.sliding_window, device))
+            else:
+                layers.append(CompressedLayer(k_compressor, v_compressor, policy, device))
         super().__init__()
         # A fixed list of layers instead of one class to replicate: a model with more layers must not go on unnoticed.
         self.layers = layers
         self.layer_class_to_replicate = None
         self.compress_start_len = compress_start_len
         self.uncompressed_tail = uncompressed_tail
+        # Layers that a forward pass has updated so far; None between passes.
+        self._updated: set[int] | None = None
 
     @classmethod
     def from_preset(
@@ -109,21 +129,47 @@ class CompressedDynamicCache(DynamicCache):
         uncompressed_tail: int = 0,
         device: str | torch.device | None = None,
     ) -> CompressedDynamicCache:
-        """A cache with a preset's codecs; given the model, checked against it.
+        """A cache with a preset's codecs.
+
+        Args:
+            model: checks that the preset is this model's, and gives the cache the model's config (see above).
 
         Raises:
             PresetError: a preset that was calibrated for another model.
             DeviceError: a device that this machine lacks.
         """
-        if model is not None:
-            preset.check_model(model.config)
+        return cls._from_preset(
+            preset,
+            model.config if model is not None else None,
+            compress_start_len,
+            uncompressed_tail,
+            device,
+        )
+
+    @classmethod
+    def _from_preset(
+        cls,
+        preset: Preset,
+        config: PreTrainedConfig | None,
+        compress_start_len: int,
+        uncompressed_tail: int,
+        device: str | torch.device | None,
+    ) -> CompressedDynamicCache:
+        if config is not None:
+            preset.check_model(config)
             _warn_if_unverified(preset)
         k_compressors = [_compressor(preset, layer, "key") for layer in range(preset.n_layers)]
         v_compressors = [_compressor(preset, layer, "value") for layer in range(preset.n_layers)]
         cache = cls.__new__(cls)
         wanted = available_device(device) if device is not None else None
         cache._build(
-            k_compressors, v_compressors, preset.n_layers, compress_start_len, uncompressed_tail, wanted
+            k_compressors,
+            v_compressors,
+            preset.n_layers,
+            compress_start_len,
+            uncompressed_tail,
+            config,
+            wanted,
         )
         return cache
 
@@ -134,21 +180,109 @@ class CompressedDynamicCache(DynamicCache):
 
         Raises:
             ShapeError: a layer beyond ``num_layers``: the cache was made for another model.
+            ModelError: a model with cross-attention that was handed this cache for both of its attentions.
         """
         if layer_idx >= len(self.layers):
             raise ShapeError(
                 f"the model has a layer {layer_idx}, this cache was made for {len(self.layers)} layers; "
                 f"pass num_layers=model.config.num_hidden_layers and a preset of this model"
             )
+        if self._updated is not None:
+            self._note_update(layer_idx, self._updated)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Number of tokens, and position of the first of them, that `update` will return."""
+        # Models ask for this before their first layer runs.
+        self._updated = set()
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def _note_update(self, layer_idx: int, updated: set[int]) -> None:
+        if layer_idx in updated:
+            self._updated = None
+            raise ModelError(
+                f"layer {layer_idx} updated this cache twice in one forward pass, as encoder-decoder models do, whose "
+                f"cross-attention needs a cache of its own: pass past_key_values=EncoderDecoderCache(cache, "
+                f"DynamicCache())"
+            )
+        updated.add(layer_idx)
+        if layer_idx == len(self.layers) - 1:
+            self._updated = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens; zero or negative, as in transformers 5.
+
+        Raises:
+            ShapeError: a positive number.
+            RollbackError: a sliding window that would lack tokens, or a recurrent state, which has no way back.
+                No layer has been changed.
+        """
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, CompressedLayer):
+                layer.check_crop(tokens_to_remove)
+            elif tokens_to_remove < 0 and holds_recurrent_state(layer):
+                raise RollbackError(
+                    f"crop({tokens_to_remove}): layer {index} keeps a recurrent state, from which no token can be "
+                    f"removed; copy the cache before tokens that may be removed, or reset() and start again"
+                )
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Empty the cache, for a new sequence."""
+        self._updated = None
+        super().reset()
+
+    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
+        """Whether a layer of linear attention has a state; see `DynamicCache`.
+
+        Raises:
+            ModelError: the cache was made without the model's config, so that no layer can hold such a state.
+        """
+        self._require_states(layer_idx)
+        return super().has_previous_state(layer_idx, *args, **kwargs)
+
+    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """A convolution's state; see `DynamicCache` and `has_previous_state`."""
+        self._require_states(layer_idx)
+        return super().get_conv_state(layer_idx, *args, **kwargs)
+
+    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """A recurrent state; see `DynamicCache` and `has_previous_state`."""
+        self._require_states(layer_idx)
+        return super().get_recurrent_state(layer_idx, *args, **kwargs)
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Hand on a convolution's state; see `DynamicCache` and `has_previous_state`."""
+        self._require_states(layer_idx)
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Hand on a recurrent state; see `DynamicCache` and `has_previous_state`."""
+        self._require_states(layer_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    def _require_states(self, layer_idx: int | None) -> None:
+        asked = self.layers if layer_idx is None else self.layers[layer_idx : layer_idx + 1]
+        if all(isinstance(layer, CompressedLayer) for layer in asked):
+            which = "the model" if layer_idx is None else f"layer {layer_idx} of the model"
+            raise ModelError(
+                f"{which} keeps a state of linear attention or of a convolution, which this cache has no place for; "
+                f"make the cache with config=model.config (or from_preset(preset, model=model))"
+            )
+
     def compressor(self, layer_idx: int, side: Side) -> nn.Module:
-        """The compressor of one layer's "key" or "value" side."""
-        return self.layers[layer_idx].compressor(side)
+        """The compressor of one layer's "key" or "value" side; that of a layer of transformers' own is exact."""
+        layer = self.layers[layer_idx]
+        return layer.compressor(side) if isinstance(layer, CompressedLayer) else IdentityCompressor()
 
     def n_sinks(self, layer_idx: int = 0) -> int:
         """First tokens of a sequence that a layer keeps exact."""
-        return self.layers[layer_idx].policy.n_sinks
+        layer = self.layers[layer_idx]
+        return layer.policy.n_sinks if isinstance(layer, CompressedLayer) else 0
 
     def get_memory_stats(self) -> dict[str, int | float]:
         """What the cache holds, in bytes truly allocated for it.
@@ -157,24 +291,32 @@ class CompressedDynamicCache(DynamicCache):
             total_bytes (and total_mb, 2^20 bytes): exact_bytes of sinks, tail and uncoded sides, plus coded_bytes
             of packed blocks with gains, guards and padding. uncompressed_bytes_equivalent: what `DynamicCache`
             would take, and compression_ratio, their quotient. bits_per_value: total bits over all numbers held.
-            compressed_tokens and uncompressed_tokens add up to seq_len. The codec's own tables, which all
-            caches of a preset share, are not counted.
+            compressed_tokens (the most that any layer holds coded) and uncompressed_tokens add up to seq_len.
+            window_layers: those that hold their sliding window only. stock_layers: transformers' own, with
+            stock_bytes, which are part of exact_bytes and of the equivalent, not of bits_per_value. The codec's own
+            tables, which all caches of a preset share, are not counted.
         """
-        exact = coded = n_values = equivalent = 0
+        exact = coded = n_values = equivalent = stock = n_stock = 0
         for layer in self.layers:
+            if not isinstance(layer, CompressedLayer):
+                stock, n_stock = stock + tensor_bytes(layer), n_stock + 1
+                continue
             layer_exact, layer_coded = layer.memory_use()
             layer_values, layer_equivalent = layer.values_held()
             exact, coded = exact + layer_exact, coded + layer_coded
             n_values, equivalent = n_values + layer_values, equivalent + layer_equivalent
-        total = exact + coded
+        ours, total, equivalent = exact + coded, exact + coded + stock, equivalent + stock
         seq_len = self.get_seq_length()
-        compressed = self.layers[0].n_coded
+        compressed = max(getattr(layer, "n_coded", 0) for layer in self.layers)
         return {
             "total_bytes": total,
             "total_mb": total / 2**20,
-            "exact_bytes": exact,
+            "exact_bytes": exact + stock,
             "coded_bytes": coded,
+            "stock_bytes": stock,
             "num_layers": len(self.layers),
+            "window_layers": sum(isinstance(layer, WindowLayer) for layer in self.layers),
+            "stock_layers": n_stock,
             "seq_len": seq_len,
             "compressed_tokens": compressed,
             "uncompressed_tokens": seq_len - compressed,
@@ -182,7 +324,7 @@ class CompressedDynamicCache(DynamicCache):
             "uncompressed_tail": self.uncompressed_tail,
             "uncompressed_bytes_equivalent": equivalent,
             "compression_ratio": equivalent / total if total else 1.0,
-            "bits_per_value": 8.0 * total / n_values if n_values else 0.0,
+            "bits_per_value": 8.0 * ours / n_values if n_values else 0.0,
         }
 
     def __repr__(self) -> str:
@@ -271,6 +413,8 @@ def load_preset_cache(
     adaptive: bool = False,
     compress_after: int = 512,
     keep_recent: int = 256,
+    *,
+    config: PreTrainedConfig | None = None,
 ) -> CompressedDynamicCache:
     """An empty cache from a preset file, the seed's JSON or ours.
 
@@ -286,9 +430,10 @@ def load_preset_cache(
             it everything is coded as soon as it fills a block, but for the first tokens that ours always keep.
         compress_after: tokens.
         keep_recent: tokens.
+        config: the model's; see `CompressedDynamicCache`. The preset is checked against it.
 
     Raises:
-        PresetError: a file that cannot be read as a preset, or one for another number of layers.
+        PresetError: a file that cannot be read as a preset, or one for another model or number of layers.
         DeviceError: a device that this machine lacks.
         ShapeError: negative lengths.
     """
@@ -299,9 +444,6 @@ def load_preset_cache(
             f"the model has {num_layers}; use the preset of this model"
         )
     _warn_if_unverified(preset)
-    return CompressedDynamicCache.from_preset(
-        preset,
-        compress_start_len=compress_after if adaptive else 0,
-        uncompressed_tail=keep_recent if adaptive else 0,
-        device=device,
+    return CompressedDynamicCache._from_preset(
+        preset, config, compress_after if adaptive else 0, keep_recent if adaptive else 0, device
     )

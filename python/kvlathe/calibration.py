@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ._native import Moments, fingerprint
 from .errors import CalibrationError
 from .fisher import fisher_pass, gradient_free_pass, output_projection_metric
+from .model_loading import check_supported
 from .preset import Preset, config_json
 from .progress import progress
 from .rope_probe import ProbeResult, probe_rope
@@ -118,7 +119,7 @@ def calibrate(
 
     Raises:
         CalibrationError: windows too short or too few, or moments that allow no design.
-        ModelError: a model whose cache is not of the standard shape.
+        ModelError: a model whose cache is not of the standard shape; see `check_supported`.
     """
     options = options or CalibrationOptions()
     if not windows:
@@ -129,6 +130,7 @@ def calibrate(
             f"windows of {shortest} tokens have no token farther than the tail of {options.tail} and the "
             f"{options.n_sinks} sinks; use a longer window or a shorter tail"
         )
+    check_supported(model)
     probe = probe_rope(model)
     for note in probe.notes:
         (on_note or (lambda _: None))(note)

@@ -27,6 +27,10 @@ class NonFiniteError(KvlatheError, ValueError):
     """A tensor holds NaN or infinity."""
 
 
+class RollbackError(KvlatheError, RuntimeError):
+    """Tokens cannot be removed from a cache, because what comes before them is no longer held."""
+
+
 class CalibrationError(KvlatheError, RuntimeError):
     """Calibration cannot give a usable result."""
 

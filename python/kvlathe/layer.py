@@ -81,10 +81,11 @@ class CompressedLayer(DynamicLayer):
         self._values_per_token = key_states.shape[1] * (key_states.shape[3] + value_states.shape[3])
         # What stubs show: one element seen through zero strides, the right shape without the memory.
         self._element = key_states.new_zeros(())
-        self._store = make_store(
-            self._k_compressor, self._v_compressor, self.policy, key_states, value_states
-        )
+        self._store = self._new_store(key_states, value_states)
         self.is_initialized = True
+
+    def _new_store(self, key_states: Tensor, value_states: Tensor) -> LayerStore:
+        return make_store(self._k_compressor, self._v_compressor, self.policy, key_states, value_states)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -112,12 +113,12 @@ class CompressedLayer(DynamicLayer):
         # The first tokens of a sequence have nothing packed behind them: dense attention takes them as they come.
         if attends and store.can_attend and store.n_tokens:
             return self._update_for_attention(store, key_states, value_states)
-        past = store.n_tokens
         try:
-            if past:
+            if store.n_tokens:
                 keys, values = store.read(room=key_states.shape[2])
-                keys[:, :, past:] = key_states
-                values[:, :, past:] = value_states
+                # From the end: a sliding window shows less than all that came before.
+                keys[:, :, keys.shape[2] - key_states.shape[2] :] = key_states
+                values[:, :, values.shape[2] - value_states.shape[2] :] = value_states
             else:
                 keys, values = key_states, value_states
             store.append(key_states, value_states)
@@ -247,16 +248,24 @@ class CompressedLayer(DynamicLayer):
         """Code tokens only once the next call shows that they were not rolled back (assisted decoding)."""
         self.record_past = True
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest tokens; zero or negative, as in transformers 5.
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Refuse what `crop` could not do.
 
-        Exact tokens vanish without a trace. A cut into coded tokens leaves the rest of their block as decoded.
+        Raises:
+            ShapeError: a positive number.
         """
         if tokens_to_remove > 0:
             raise ShapeError(
                 f"crop({tokens_to_remove}): give a negative number of tokens to remove; to keep {tokens_to_remove} "
                 f"tokens, call crop({tokens_to_remove} - cache.get_seq_length())"
             )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest tokens; zero or negative, as in transformers 5.
+
+        Exact tokens vanish without a trace. A cut into coded tokens leaves the rest of their block as decoded.
+        """
+        self.check_crop(tokens_to_remove)
         if self._store is not None and tokens_to_remove < 0:
             self._store.crop(min(-tokens_to_remove, self._store.n_tokens))
 

@@ -226,7 +226,7 @@ class TorchStore:
         return exact, coded
 
     def copy(self) -> TorchStore:
-        twin = object.__new__(TorchStore)
+        twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         # Tensors are replaced, never written to, so copies may share them.
         twin._sides = [side.copy() for side in self._sides]
@@ -254,6 +254,8 @@ class _Side:
         self.granularity = granularity(compressor) if known else _RUN_LEN
         self.sinks, self.tail = empty, empty
         self.runs: list[_Run] = []
+        # Position of the first token held; above 0 only in a sliding window (`kvlathe.window`), which has no sinks.
+        self.first = 0
 
     @property
     def n_coded(self) -> int:
@@ -261,7 +263,7 @@ class _Side:
 
     @property
     def n_tokens(self) -> int:
-        return self.sinks.shape[2] + self.n_coded + self.tail.shape[2]
+        return self.first + self.sinks.shape[2] + self.n_coded + self.tail.shape[2]
 
     def append(self, x: Tensor) -> None:
         to_sinks = max(0, min(self.n_sinks - self.sinks.shape[2], x.shape[2]))
@@ -282,7 +284,7 @@ class _Side:
         return self.compressor.expand(run.data).to(self.tail.dtype)
 
     def code(self, n_tokens: int) -> None:
-        position = self.sinks.shape[2] + self.n_coded
+        position = self.first + self.sinks.shape[2] + self.n_coded
         x, tail = self.tail[:, :, :n_tokens].contiguous(), self.tail[:, :, n_tokens:].clone()
         if self.token_dim is None:
             new = [_Run(part.shape[2], self._compress(part, 0)) for part in x.split(self.granularity, dim=2)]
@@ -295,7 +297,7 @@ class _Side:
         self.tail = tail
 
     def read(self, room: int) -> Tensor:
-        parts, position = [self.sinks], self.sinks.shape[2]
+        parts, position = [self.sinks], self.first + self.sinks.shape[2]
         for run in self.runs:
             parts.append(self._expand(run, position))
             position += run.n_tokens
@@ -315,6 +317,34 @@ class _Side:
         if left > 0:
             self.sinks = self.sinks[:, :, : self.sinks.shape[2] - left]
 
+    def forget_before(self, position: int) -> None:
+        """Drop tokens before ``position``; of coded ones only whole blocks, so some of them may stay."""
+        while self.runs and self.first < position:
+            run, *later = self.runs
+            unit = run.n_tokens if self.token_dim is None else self.granularity
+            n_units = min(position - self.first, run.n_tokens) // unit
+            if not n_units:
+                return
+            n_left = run.n_tokens - n_units * unit
+            kept = []
+            if n_left:
+                assert self.token_dim is not None
+                # A copy: a view would keep what is dropped alive.
+                kept = [
+                    _Run(
+                        n_left, run.data.narrow(self.token_dim, n_units, n_left // unit).contiguous().clone()
+                    )
+                ]
+            self.runs = [*kept, *later]
+            self.first += n_units * unit
+        n_exact = min(position - self.first, self.tail.shape[2])
+        if not self.runs and n_exact > 0:
+            self.tail = self.tail[:, :, n_exact:]
+            if n_exact * 8 > self.tail.shape[2]:
+                # While decoding a token leaves at a time, and the next `append` copies anyway.
+                self.tail = self.tail.clone()
+            self.first += n_exact
+
     def _crop_last_run(self, n_tokens: int) -> int:
         """Remove tokens of the last run, the rest of a cut block going to the tail; returns what is left to remove."""
         run = self.runs.pop()
@@ -329,7 +359,7 @@ class _Side:
         data = run.data.narrow(self.token_dim, 0, whole)
         if kept % block_len:
             cut = _Run(block_len, run.data.narrow(self.token_dim, whole, 1))
-            position = self.sinks.shape[2] + whole * block_len
+            position = self.first + self.sinks.shape[2] + whole * block_len
             self.tail = self._expand(cut, position)[:, :, : kept % block_len]
         if whole:
             self.runs = [_Run(whole * block_len, data)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from kvlathe import (
     CalibrationOptions,
@@ -66,17 +66,21 @@ def stream_compressor(
 
 
 def identity_cache(model: PreTrainedModel) -> CompressedDynamicCache:
-    """A cache that compresses nothing."""
-    n = model.config.num_hidden_layers
-    return CompressedDynamicCache([IdentityCompressor()] * n, [IdentityCompressor()] * n, num_layers=n)
+    """A cache that compresses nothing, made for this model."""
+    n = len(DynamicCache(config=model.config).layers)
+    sides = [[IdentityCompressor()] * n for _ in range(2)]
+    return CompressedDynamicCache(*sides, num_layers=n, config=model.config)
 
 
 def compressed_cache(
-    name: str, bits: float = 6.0, tail: int = TAIL, start: int = 0
+    name: str, bits: float = 6.0, tail: int = TAIL, start: int = 0, **overrides: Any
 ) -> CompressedDynamicCache:
     """A calibrated cache for a tiny model."""
     return CompressedDynamicCache.from_preset(
-        preset_of(name, bits), model=model_of(name), uncompressed_tail=tail, compress_start_len=start
+        preset_of(name, bits, **overrides),
+        model=model_of(name, **overrides),
+        uncompressed_tail=tail,
+        compress_start_len=start,
     )
 
 

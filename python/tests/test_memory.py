@@ -123,7 +123,7 @@ def test_identity_takes_the_stock_caches_bytes(step: int) -> None:
 def test_the_equivalent_is_what_the_stock_cache_takes(name: str) -> None:
     model = model_of(name)
     for cache in (compressed_cache(name), identity_cache(model)):
-        stock = DynamicCache()
+        stock = DynamicCache(config=model.config)
         for each in (cache, stock):
             model(tokens(70, batch=2), past_key_values=each)
         held = sum(t.numel() * t.element_size() for layer in stock.layers for t in (layer.keys, layer.values))
@@ -289,4 +289,4 @@ def test_expanded_tensors_are_not_kept() -> None:
     cache = one_layer_cache(stream_compressor(side="key"), stream_compressor(side="value"))
     cache.update(*random_kv(2000), 0)
     held = [value for value in vars(cache.layers[0]).values() if isinstance(value, Tensor)]
-    assert _bytes_of(held) == 0
+    assert _bytes_of(held) <= 4  # the one number that stubs are views of

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from .._native import version
+from .._requirements import check_transformers
 from ..errors import KvlatheError
 from .evaluate import add_eval_arguments, run_eval
 from .options import say
@@ -45,8 +46,10 @@ def build_parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Run a parsed command; errors become one sentence on stderr and exit status 1."""
     try:
+        if arguments.run is not run_show:
+            check_transformers()
         return int(arguments.run(arguments))
-    except KvlatheError as error:
+    except (KvlatheError, ImportError) as error:
         say(f"error: {error}")
         return 1
     except KeyboardInterrupt:

@@ -1,0 +1,129 @@
+"""The model families of the matrix: a tiny random model of each, and what it is expected to do.
+
+What is expected is stated here and checked by the run, so that the table in `docs/models.md` cannot drift: a family
+that starts or stops working fails a test.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+
+from cache_helpers import compressed_cache, identity_cache, model_of
+from kvlathe import CompressedDynamicCache
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the matrix.
+
+    Attributes:
+        name: of the tiny model (`tiny_models`).
+        title: for people.
+        what: what is special about its cache or its attention.
+        calibrates: whether `calibrate` accepts it, so that its cache can be compressed.
+        attaches: whether `attach` accepts it, so that attention reads packed blocks.
+        upstream_refuses: behaviours that transformers itself refuses for this family, or gets wrong, with its own
+            cache; ours must refuse them.
+        not_applicable: behaviours that mean nothing for this family.
+        overrides: settings of the tiny model.
+    """
+
+    name: str
+    title: str
+    what: str
+    calibrates: bool = True
+    attaches: bool = True
+    upstream_refuses: frozenset[str] = frozenset()
+    not_applicable: frozenset[str] = frozenset()
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return model_of(self.name, **self.overrides)
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return bool(self.model.config.is_encoder_decoder)
+
+    def _for_the_model(self, cache: Cache) -> Cache:
+        return EncoderDecoderCache(cache, DynamicCache()) if self.is_encoder_decoder else cache
+
+    def stock_cache(self) -> Cache:
+        """What `generate` makes by itself."""
+        return self._for_the_model(DynamicCache(config=self.model.config))
+
+    def exact_cache(self) -> Cache:
+        """Ours with identity compressors."""
+        return self._for_the_model(identity_cache(self.model))
+
+    def coded_cache(self, bits: float = 6.0, tail: int = 8) -> CompressedDynamicCache:
+        """Ours with a calibrated preset."""
+        return compressed_cache(self.name, bits, tail, **self.overrides)
+
+
+_NO_ROLLBACK = frozenset({"assisted_greedy", "assisted_sample", "prompt_lookup", "cache_crop"})
+# Their prompt is the encoder's.
+_DECODERS_ONLY = frozenset(
+    {"from_inputs_embeds", "left_padding", "chunked_prefill", "continue_from_past"}
+) | {
+    "assisted_sample"  # its assistant is a decoder
+}
+
+FAMILIES: tuple[Family, ...] = (
+    Family("llama", "Llama", "RoPE in halves, grouped heads"),
+    Family("mistral", "Mistral", "every layer has a sliding window"),
+    Family("qwen2", "Qwen2", "key biases"),
+    Family("qwen3", "Qwen3", "normalised keys, head_dim of its own"),
+    Family("qwen3_moe", "Qwen3-MoE", "experts"),
+    Family("gemma2", "Gemma 2", "sliding and full layers in turn, soft cap"),
+    Family(
+        "gemma3",
+        "Gemma 3",
+        "sliding and full layers, two RoPE bases, head_dim 256",
+        overrides={
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        },
+    ),
+    Family("phi3", "Phi-3", "RoPE on part of a head"),
+    Family("phi3_longrope", "Phi-3, long context", "longrope"),
+    Family("gpt2", "GPT-2", "learned positions, no RoPE", attaches=False),
+    Family("gpt_neox", "GPT-NeoX, Pythia", "RoPE on a quarter of a head"),
+    Family("glm", "GLM", "interleaved RoPE on half of a head"),
+    Family("gpt_oss", "gpt-oss", "learned sinks, YaRN, sliding and full layers"),
+    Family("stablelm", "StableLM", "RoPE on part of a head"),
+    Family("cohere", "Cohere", "interleaved RoPE"),
+    Family("smollm3", "SmolLM3", "some layers without RoPE"),
+    Family("olmo2", "OLMo 2", "keys normalised over all heads"),
+    Family("granite", "Granite", "scaled attention and residuals"),
+    Family("llama4", "Llama 4", "chunked attention, layers without RoPE", attaches=False),
+    Family("falcon", "Falcon", "attention code of its own", calibrates=False, attaches=False),
+    Family("gemma3n", "Gemma 3n", "layers that share keys and values", calibrates=False, attaches=False),
+    Family("deepseek_v3", "DeepSeek-V2, V3", "multi-head latent attention", calibrates=False, attaches=False),
+    Family("lfm2", "LFM2", "convolutions and attention", calibrates=False, attaches=False),
+    Family(
+        "qwen3_next",
+        "Qwen3-Next",
+        "linear attention and attention",
+        calibrates=False,
+        attaches=False,
+        upstream_refuses=_NO_ROLLBACK,
+    ),
+    Family(
+        "t5",
+        "T5",
+        "encoder-decoder, position bias",
+        calibrates=False,
+        attaches=False,
+        not_applicable=_DECODERS_ONLY,
+    ),
+    Family(
+        "bart", "BART", "encoder-decoder", calibrates=False, attaches=False, not_applicable=_DECODERS_ONLY
+    ),
+)
+BY_NAME = {family.name: family for family in FAMILIES}
