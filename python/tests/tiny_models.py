@@ -246,14 +246,16 @@ _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
-TINY_NAMES: tuple[str, ...] = tuple(_TINY)
+# Models that cannot be calibrated, each for a reason of its own; the conformance tests have them.
+_EXACT_ONLY = frozenset({"falcon", "gemma3n", "deepseek_v3", "lfm2", "qwen3_next", "t5", "bart"})
+TINY_NAMES: tuple[str, ...] = tuple(name for name in _TINY if name not in _EXACT_ONLY)
 
 
 def tiny(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A tiny random model in float32 and evaluation mode; the same weights for the same name and seed.
 
     Args:
-        name: one of `TINY_NAMES`.
+        name: one of `TINY_NAMES`, or of those that cannot be calibrated.
         overrides: config settings that replace the usual ones.
     """
     config_name, model_name, changes = _TINY[name]
