@@ -11,8 +11,10 @@ use kvlathe::LayerCodings;
 use kvlathe::cache::{LayerCache, Policy, TensorView, with_threads};
 use kvlathe::preset::Preset;
 
-const PRESET: &str =
-    concat!(env!("CARGO_MANIFEST_DIR"), "/../../python/kvlathe/presets/smollm2-135m-instruct-balanced.safetensors");
+const PRESET: &str = concat!(
+    env!("CARGO_MANIFEST_DIR"),
+    "/../../python/kvlathe/presets/smollm2-135m-instruct-balanced.safetensors"
+);
 const CHUNK: usize = 512;
 const N_CHUNKS: usize = 4;
 
