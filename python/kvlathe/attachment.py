@@ -161,6 +161,11 @@ def attach(model: Model) -> Model:
     return model
 
 
+def is_attached(model: PreTrainedModel) -> bool:
+    """Whether `attach` holds for this model."""
+    return model in _ATTACHED
+
+
 def detach(model: Model) -> Model:
     """Undo `attach`; without effect on a model that is not attached."""
     attached = _ATTACHED.pop(model, None)

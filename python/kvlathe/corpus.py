@@ -272,11 +272,12 @@ def halves(
     return tuple(sides[0]), tuple(sides[1])
 
 
-def _token_ids(tokenizer: Any, text: str) -> list[int]:
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text, without special tokens of the tokenizer's own."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _bos(tokenizer: Any) -> list[int]:
+def bos_ids(tokenizer: Any) -> list[int]:
     """[BOS] if the tokenizer itself begins a text with it, else []."""
     bos = getattr(tokenizer, "bos_token_id", None)
     first = list(tokenizer("a")["input_ids"])[:1]
@@ -292,7 +293,7 @@ def _pieces(
     """
     if seed is None:
         for document in documents:
-            yield _token_ids(tokenizer, document.text), document.text.endswith("\n")
+            yield token_ids(tokenizer, document.text), document.text.endswith("\n")
         return
     ordered = sorted(documents, key=lambda document: _rank(document.name, seed))
     tokens: dict[str, list[int]] = {}
@@ -300,7 +301,7 @@ def _pieces(
     while pending:
         for document in pending:
             if document.name not in tokens:  # late, because the first round often suffices
-                tokens[document.name] = _token_ids(tokenizer, document.text)
+                tokens[document.name] = token_ids(tokenizer, document.text)
             ids = tokens[document.name]
             if start < len(ids):
                 yield ids[start : start + body], start + body >= len(ids) and document.text.endswith("\n\n")
@@ -331,9 +332,9 @@ def windows(
     """
     if window < 2 or n_windows < 1:
         raise CorpusError(f"window must be at least 2 and n_windows at least 1, got {window} and {n_windows}")
-    bos = _bos(tokenizer)
+    bos = bos_ids(tokenizer)
     body = window - len(bos)
-    blank = _token_ids(tokenizer, "\n\n")
+    blank = token_ids(tokenizer, "\n\n")
     found: list[list[int]] = []
     rest: list[int] = []
     n_tokens = 0

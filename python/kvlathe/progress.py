@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -19,3 +19,26 @@ def progress(items: Iterable[T], what: str, unit: str) -> Iterator[T]:
     total = len(items) if isinstance(items, Sized) else None
     # `delay`: nothing flashes up for work that is done within two seconds.
     yield from tqdm(items, desc=what, unit=unit, total=total, delay=2.0, dynamic_ncols=True, leave=False)
+
+
+def weighted_progress(items: Sequence[T], weights: Sequence[float], what: str, unit: str) -> Iterator[T]:
+    """`progress` over items of unequal work, ``weights`` of a ``unit`` each; those of weight 0 cost nothing."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from tqdm import tqdm
+
+    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left, {rate_fmt}"
+    with tqdm(
+        desc=what,
+        unit=unit,
+        unit_scale=True,
+        total=round(sum(weights)),
+        delay=2.0,
+        dynamic_ncols=True,
+        leave=False,
+        bar_format=form,
+    ) as bar:
+        for item, weight in zip(items, weights, strict=True):
+            yield item
+            bar.update(weight)

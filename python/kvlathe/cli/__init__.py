@@ -1,4 +1,4 @@
-"""The command line: ``kvlathe tune``, ``verify``, ``show`` and ``eval``. Works without torch until it is needed."""
+"""The command line: ``kvlathe tune``, ``verify``, ``show``, ``eval``, ``needle``. Without torch until it is needed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from .._native import version
 from .._requirements import check_transformers
 from ..errors import KvlatheError
 from .evaluate import add_eval_arguments, run_eval
+from .needle import add_needle_arguments, run_needle
 from .options import say
 from .show import add_show_arguments, run_show
 from .tune import CURVE_HEADER, add_tune_arguments, format_point, run_tune
@@ -40,6 +41,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_eval_arguments(evaluate)
     evaluate.set_defaults(run=run_eval)
+    needle = commands.add_parser(
+        "needle", help="measure what a model still finds in a long text, by length and depth"
+    )
+    add_needle_arguments(needle)
+    needle.set_defaults(run=run_needle)
     return parser
 
 

@@ -6,20 +6,24 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import add_model_argument, add_run_arguments, add_seed_argument, count, positive, say
+from .methods import (
+    BASELINES_LISTED,
+    add_method_arguments,
+    baseline_names,
+    chosen_baselines,
+    chosen_presets,
+)
+from .options import add_model_argument, add_run_arguments, add_seed_argument, count, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from ..baselines import Subject
     from ..corpus import Corpus
     from ..evaluation import Method, Result
-    from ..preset import Preset
-    from ..rope_probe import ModelShape
 
-_EPILOG = """\
+_EPILOG = f"""\
 examples:
   %(prog)s --model smollm2
       the preset that comes with kvlathe, on this Python's documentation
@@ -28,16 +32,7 @@ examples:
   %(prog)s --model ./Qwen2.5-7B --preset qwen.safetensors --bits 2.125 3.125 --window 8192
       one calibration at two rates, in long windows
 
-baselines:
-  q8_0 q4_0                                llama.cpp's cache types, blocks of 32
-  q4_0-hadamard                            the same after a Hadamard rotation
-  kivi-4 kivi-2                            keys per channel, values per token, groups of 32
-  turboquant-4 turboquant-3 turboquant-2   random rotation and Lloyd-Max, for least squared error
-  kvquant-4 kvquant-3 kvquant-2            keys before RoPE and per channel, no outliers (calibrated)
-  rank-int8-v rank-int8-kv                 PCA to 3/4 of head_dim, int8 (calibrated)
-  hf-fp8                                   transformers' QuantizedCache
-  hf-quanto-4 hf-quanto-2                  the same, if optimum-quanto is installed
-  hf-hqq-4 hf-hqq-2                        the same, if hqq is installed
+{BASELINES_LISTED}
 
 Results are written to --output as they come. The same command again measures only what is missing there.
 
@@ -55,27 +50,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     add_model_argument(parser)
     what = parser.add_argument_group("what to measure")
-    what.add_argument(
-        "--preset",
-        nargs="+",
-        type=Path,
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="calibrated presets (default: the one that comes with kvlathe, where it is of this model)",
-    )
-    what.add_argument(
-        "--bits",
-        nargs="+",
-        type=positive,
-        action="extend",
-        default=[],
-        help="rates to set the presets to, in bits a value of the coded part, side information included "
-        "(default: the rate of each preset)",
-    )
-    what.add_argument(
-        "--baselines", nargs="+", default=[], metavar="NAME", help="'all', or names from the list below"
-    )
+    add_method_arguments(what)
     text = parser.add_argument_group("text and protocol")
     text.add_argument(
         "--text",
@@ -132,70 +107,6 @@ def _unusable(arguments: argparse.Namespace) -> str | None:
     return None
 
 
-def _presets(arguments: argparse.Namespace, config: Any) -> list[tuple[str, Preset]]:
-    """Label and preset of everything of ours that is to be measured."""
-    from ..errors import PresetError
-    from ..preset import Preset
-    from ..presets import smollm2
-
-    labelled = arguments.preset
-    if not labelled:
-        shipped = Preset.load(smollm2())
-        try:
-            shipped.check_model(config)
-        except PresetError:
-            return []
-        say(f"note: no --preset given; using the one that comes with kvlathe, for {shipped.meta['model']}")
-        presets = [("", shipped)]
-    else:
-        stems = [path.stem for path in labelled]
-        unique = len(set(stems)) == len(stems)
-        names = stems if unique else [str(path) for path in labelled]
-        presets = [
-            ("" if len(labelled) == 1 else name, Preset.load(path))
-            for name, path in zip(names, labelled, strict=True)
-        ]
-    for _, preset in presets:
-        preset.check_model(config)
-    if arguments.bits:
-        return [(label, preset.with_bits(bits)) for label, preset in presets for bits in arguments.bits]
-    return presets
-
-
-def _methods(
-    arguments: argparse.Namespace, subject: Subject, shape: ModelShape
-) -> tuple[list[Method], list[str]]:
-    """Everything to be measured, and sentences on what cannot be."""
-    from .. import baselines
-    from ..errors import EvaluationError
-    from ..evaluation import PresetMethod
-
-    asked = list(baselines.NAMES) if "all" in arguments.baselines else arguments.baselines
-    if unknown := [name for name in asked if name not in baselines.NAMES]:
-        raise EvaluationError(
-            f"--baselines {' '.join(unknown)}: expected 'all' or names out of {', '.join(baselines.NAMES)}"
-        )
-    methods: list[Method] = [
-        PresetMethod(preset, shape, label) for label, preset in _presets(arguments, subject.model.config)
-    ]
-    if not methods:
-        advice = (
-            f"make a preset with: kvlathe tune --model {arguments.model} --output preset.safetensors, "
-            "and give it with --preset"
-        )
-        if not asked:
-            raise EvaluationError(f"no preset for this model comes with kvlathe; {advice}")
-        say(f"note: only baselines are measured, as no preset for this model comes with kvlathe; {advice}")
-    skipped = []
-    for name in dict.fromkeys(asked):
-        try:
-            methods.append(baselines.make(name, subject))
-        except EvaluationError as error:
-            skipped.append(str(error))
-            say(f"note: {error}")
-    return methods, skipped
-
-
 def _windows(arguments: argparse.Namespace, corpus: Corpus, tokenizer: Any) -> list[Tensor]:
     """The windows that judge."""
     from ..corpus import windows
@@ -245,7 +156,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
     from ..baselines import Subject
     from ..cache import available_device
     from ..corpus import corpus_from_files, default_corpus, windows
-    from ..evaluation import Results, evaluate
+    from ..evaluation import PresetMethod, Results, evaluate
     from ..evaluation.plots import require_matplotlib
     from ..evaluation.report import describe_mode
     from ..evaluation.run import make_setting
@@ -286,7 +197,12 @@ def run_eval(arguments: argparse.Namespace) -> int:
             arguments.seed,
         ),
     )
-    methods, skipped = _methods(arguments, subject, probe.shape)
+    named = baseline_names(arguments)
+    methods: list[Method] = [
+        PresetMethod(preset, probe.shape, label) for label, preset in chosen_presets(arguments, model.config)
+    ]
+    baselines, skipped = chosen_baselines(named, subject)
+    methods += baselines
     say(
         f"{loaded.name}: {len(judged)} windows of {arguments.window} tokens of {corpus.name}; {describe_mode(setting)}"
     )

@@ -59,7 +59,8 @@ def require_matplotlib() -> None:
 
 
 @contextmanager
-def _styled() -> Iterator[None]:
+def styled() -> Iterator[None]:
+    """The look that all plots share."""
     require_matplotlib()
     import matplotlib
 
@@ -76,15 +77,15 @@ def _figure(width: float, height: float, n_panels: int = 1) -> tuple[Figure, lis
     return figure, list(panels[0])
 
 
-def is_ours(result: Result) -> bool:
-    """Whether a result is of a preset of ours and not of a baseline."""
-    return result.family.startswith(_OUR_FAMILY)
+def is_ours(family: str) -> bool:
+    """Whether results of that family are of presets of ours and not of a baseline."""
+    return family.startswith(_OUR_FAMILY)
 
 
 def _families(results: Sequence[Result]) -> dict[str, list[Result]]:
     """Results by family, each by rising bits; baselines first, so that ours are drawn on top."""
     families: dict[str, list[Result]] = {}
-    for result in sorted(results, key=is_ours):
+    for result in sorted(results, key=lambda result: is_ours(result.family)):
         families.setdefault(result.family, []).append(result)
     return {
         name: sorted(members, key=lambda member: member.size.bits_per_value)
@@ -95,7 +96,7 @@ def _families(results: Sequence[Result]) -> dict[str, list[Result]]:
 def _styles(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
     """Colour, marker and weight of every family, the same in all plots."""
     names = list(_families(results))
-    ours = [name for name in names if name.startswith(_OUR_FAMILY)]
+    ours = [name for name in names if is_ours(name)]
     styles: dict[str, dict[str, Any]] = {}
     for at, name in enumerate(name for name in names if name not in ours):
         styles[name] = {
@@ -123,7 +124,7 @@ def kld_against_bits(results: Sequence[Result]) -> Figure:
     On the left of the coded part alone, which a long cache comes close to; on the right of the whole cache at the
     window's length, exact tokens included.
     """
-    with _styled():
+    with styled():
         figure, panels = _figure(11.5, 5.2, n_panels=2)
         for axes, attribute in zip(panels, ("coded_bits", "bits_per_value"), strict=True):
             _draw_families(axes, results, attribute)
@@ -151,7 +152,7 @@ def _draw_families(axes: Axes, results: Sequence[Result], attribute: str) -> Non
 
 def kld_by_position(results: Sequence[Result]) -> Figure:
     """Mean KLD (log) along the window, from where the first coded token can be read."""
-    with _styled():
+    with styled():
         figure, (axes,) = _figure(9.5, 5.4)
         styles = _styles(results)
         setting = results[0].setting
@@ -190,8 +191,8 @@ def bits_by_layer(results: Sequence[Result]) -> Figure:
 
     Without a method of ours, of all methods.
     """
-    shown = [result for result in results if is_ours(result)] or list(results)
-    with _styled():
+    shown = [result for result in results if is_ours(result.family)] or list(results)
+    with styled():
         n_layers = len(shown[0].size.key_bits)
         figure, (axes,) = _figure(max(6.0, 2.6 + 0.24 * n_layers), 1.6 + 0.62 * len(shown))
         rows = [bits for result in shown for bits in (result.size.key_bits, result.size.value_bits)]
@@ -208,7 +209,7 @@ def bits_by_layer(results: Sequence[Result]) -> Figure:
 
 def svg(figure: Figure) -> str:
     """A figure as an ``<svg>`` element that can stand inside a page."""
-    with _styled():
+    with styled():
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from .plots import PLOTS, is_ours, svg
@@ -54,26 +54,39 @@ def html_report(results: Sequence[Result], skipped: Sequence[str] = ()) -> str:
         f"<figure>{svg(draw(results))}<figcaption class=what>{_CAPTIONS[name]}</figcaption></figure>"
         for name, draw in PLOTS.items()
     )
-    notes = "".join(f"<li>{escape(sentence)}</li>" for sentence in skipped)
-    not_run = f"<h2>Not run</h2><ul>{notes}</ul>" if notes else ""
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Caches of {escape(setting.model)}</title><style>{_STYLE}</style></head><body>
-<h1>Caches of {escape(setting.model)}</h1>
-<p class=what>{setting.n_windows} windows of {setting.window:,} tokens of {escape(setting.text)}</p>
-<div class=wide>{_table(results)}</div>
+    return page(
+        f"Caches of {setting.model}",
+        f"{setting.n_windows} windows of {setting.window:,} tokens of {setting.text}",
+        f"""<div class=wide>{_table(results)}</div>
 {figures}
 <h2>Size at other lengths</h2>
 <div class=wide>{_sizes(results)}</div>
-{not_run}
+{not_run(skipped)}
 <h2>What the numbers mean</h2>
-{_meanings(setting, results[0].quality.exact_perplexity)}
+{_meanings(setting, results[0].quality.exact_perplexity)}""",
+    )
+
+
+def not_run(skipped: Sequence[str]) -> str:
+    """Sentences on what was not run, as HTML; nothing if there are none."""
+    notes = "".join(f"<li>{escape(sentence)}</li>" for sentence in skipped)
+    return f"<h2>Not run</h2><ul>{notes}</ul>" if notes else ""
+
+
+def page(title: str, what: str, body: str) -> str:
+    """An HTML page with our style: a title and a line below it, both plain text, and a body in HTML."""
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{escape(title)}</title><style>{_STYLE}</style></head><body>
+<h1>{escape(title)}</h1>
+<p class=what>{escape(what)}</p>
+{body}
 </body></html>
 """
 
 
 def _table(results: Sequence[Result]) -> str:
-    return _html_table(COLUMNS, [(row(result), is_ours(result)) for result in results])
+    return html_table(COLUMNS, [(row(result), is_ours(result.family)) for result in results])
 
 
 def _sizes(results: Sequence[Result]) -> str:
@@ -85,14 +98,15 @@ def _sizes(results: Sequence[Result]) -> str:
                 *(f"{result.bits_at[n]:.2f}" for n in LENGTHS),
                 f"{result.size.basis_bytes / 1e6:.2f}",
             ),
-            is_ours(result),
+            is_ours(result.family),
         )
         for result in results
     ]
-    return _html_table(columns, rows)
+    return html_table(columns, rows)
 
 
-def _html_table(columns: Sequence[str], rows: Sequence[tuple[Sequence[str], bool]]) -> str:
+def html_table(columns: Sequence[str], rows: Sequence[tuple[Sequence[str], bool]]) -> str:
+    """A table of cells in plain text; rows that come with True are emphasised."""
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     body = "".join(
         f"<tr{' class=ours' if ours else ''}>"
@@ -118,6 +132,11 @@ def _meanings(setting: Setting, exact_perplexity: float) -> str:
         "seconds": "to measure, not to decode",
         "kvlathe": f"version {setting.library_version}; model {setting.model_digest}, text {setting.text_digest}",
     }
+    return definitions(meanings)
+
+
+def definitions(meanings: Mapping[str, str]) -> str:
+    """Words and what they mean, both plain text, as HTML."""
     return (
         "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in meanings.items()) + "</dl>"
     )

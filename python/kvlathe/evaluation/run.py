@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +20,7 @@ from ..preset import config_json
 from ..rope_probe import ModelShape
 from .method import Method, coders_of
 from .quality import Evaluator, Quality
+from .results_file import ResultsFile, dataclass_from
 from .size import CacheSize, cache_size
 
 # Lengths at which every result states its bits a value, besides that of its windows.
@@ -90,7 +89,7 @@ def make_setting(
         )
     return Setting(
         model=model_name,
-        model_digest=_model_digest(model),
+        model_digest=model_digest(model),
         text=text_name,
         text_digest=windows_digest(windows),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -111,7 +110,7 @@ def windows_digest(windows: Iterable[Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _model_digest(model: PreTrainedModel) -> str:
+def model_digest(model: PreTrainedModel) -> str:
     """The config's fingerprint and a few numbers of every parameter: enough to tell fine-tuned models apart."""
     digest = hashlib.sha256(fingerprint(config_json(model.config)).encode())
     for name, parameter in model.named_parameters():
@@ -160,72 +159,18 @@ class Result:
             setting=Setting(**content["setting"]),
             name=content["name"],
             family=content["family"],
-            size=_dataclass_from(CacheSize, content["size"]),
+            size=dataclass_from(CacheSize, content["size"]),
             bits_at={int(n): bits for n, bits in content["bits_at"].items()},
-            quality=_dataclass_from(Quality, content["quality"]),
+            quality=dataclass_from(Quality, content["quality"]),
             seconds=content["seconds"],
         )
 
 
-def _dataclass_from(kind: Any, content: dict[str, Any]) -> Any:
-    """A frozen dataclass of ours from JSON, whose lists were tuples."""
-    known = {field.name for field in dataclasses.fields(kind)}
-    if set(content) != known:
-        raise KeyError(f"{kind.__name__} with fields {sorted(content)}, expected {sorted(known)}")
-    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in content.items()})
-
-
-class Results:
-    """A file of results, JSON Lines: one line a method, appended as soon as it is measured.
-
-    Args:
-        path: need not exist. A last line that an interruption cut short is dropped.
-
-    Raises:
-        EvaluationError: the file holds something else, or cannot be read or written.
-    """
+class Results(ResultsFile[Result]):
+    """The file of ``kvlathe eval``'s results, one line a method; see `ResultsFile`."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._found: dict[str, Result] = {}
-        try:
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
-            whole, _, cut = text.rpartition("\n")
-            for number, line in enumerate(whole.splitlines(), start=1):
-                self._add(line, number)
-            if cut:
-                with path.open("r+b") as file:
-                    file.truncate(len(text.encode()) - len(cut.encode()))
-        except (OSError, UnicodeDecodeError) as error:
-            raise EvaluationError(f"cannot read the results in {path}: {error}") from error
-
-    def _add(self, line: str, number: int) -> None:
-        try:
-            result = Result.from_json(line)
-        except (ValueError, KeyError, TypeError) as error:
-            raise EvaluationError(
-                f"{self.path}, line {number}, is no result of this version of kvlathe eval ({error}); "
-                f"name another --output or remove the file"
-            ) from error
-        self._found[result.key] = result
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-    def get(self, key: str) -> Result | None:
-        """The result of that key, if it has been measured."""
-        return self._found.get(key)
-
-    def append(self, result: Result) -> None:
-        """Write a result; it is on the disk when this returns."""
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(result.to_json() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise EvaluationError(f"cannot write to {self.path}: {error}") from error
-        self._found[result.key] = result
+        super().__init__(path, Result.from_json, "kvlathe eval")
 
 
 def evaluate(
