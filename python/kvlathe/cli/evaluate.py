@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .drawings import unusable, write_drawings
 from .methods import (
     BASELINES_LISTED,
     add_method_arguments,
@@ -94,19 +96,6 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
 
 
-def _unusable(arguments: argparse.Namespace) -> str | None:
-    """What is wrong with the arguments by themselves, before anything is loaded."""
-    for option in ("output", "report", "plots"):
-        path = getattr(arguments, option)
-        if path is not None and not path.absolute().parent.is_dir():
-            return f"--{option} {path}: there is no folder {path.parent}"
-    if arguments.plots is not None and arguments.plots.is_file():
-        return f"--plots {arguments.plots}: that is a file, expected a folder"
-    if arguments.sinks < 0 or arguments.tail < 0:
-        return f"--sinks {arguments.sinks} --tail {arguments.tail}: expected 0 or more"
-    return None
-
-
 def _windows(arguments: argparse.Namespace, corpus: Corpus, tokenizer: Any) -> list[Tensor]:
     """The windows that judge."""
     from ..corpus import windows
@@ -127,28 +116,16 @@ def _check_length(config: Any, window: int) -> None:
 
 def _draw(results: Sequence[Result], skipped: Sequence[str], arguments: argparse.Namespace) -> None:
     """The report and the plots that were asked for."""
-    from ..errors import EvaluationError
-    from ..evaluation.plots import PLOTS, svg
+    from ..evaluation.plots import PLOTS
     from ..evaluation.report import html_report
 
-    try:
-        if arguments.report is not None:
-            arguments.report.write_text(html_report(results, skipped), encoding="utf-8")
-            say(f"Wrote {arguments.report}")
-        if arguments.plots is not None:
-            arguments.plots.mkdir(exist_ok=True)
-            for name, draw in PLOTS.items():
-                (arguments.plots / f"{name}.svg").write_text(svg(draw(results)), encoding="utf-8")
-            say(f"Wrote {', '.join(f'{name}.svg' for name in PLOTS)} to {arguments.plots}")
-    except OSError as error:
-        raise EvaluationError(
-            f"cannot write {error.filename}: {error.strerror}; the results themselves are in {arguments.output}"
-        ) from error
+    plots = {name: partial(draw, results) for name, draw in PLOTS.items()}
+    write_drawings(arguments, lambda: html_report(results, skipped), plots)
 
 
 def run_eval(arguments: argparse.Namespace) -> int:
     """``kvlathe eval``."""
-    if wrong := _unusable(arguments):
+    if wrong := unusable(arguments):
         say(wrong)
         return 2
     import torch

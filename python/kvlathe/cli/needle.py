@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .drawings import unusable, write_drawings
 from .methods import (
     BASELINES_LISTED,
     add_method_arguments,
@@ -121,17 +123,9 @@ def add_needle_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _unusable(arguments: argparse.Namespace) -> str | None:
     """What is wrong with the arguments by themselves, before anything is loaded."""
-    for option in ("output", "report", "plots"):
-        path = getattr(arguments, option)
-        if path is not None and not path.absolute().parent.is_dir():
-            return f"--{option} {path}: there is no folder {path.parent}"
-    if arguments.plots is not None and arguments.plots.is_file():
-        return f"--plots {arguments.plots}: that is a file, expected a folder"
-    if arguments.sinks < 0 or arguments.tail < 0:
-        return f"--sinks {arguments.sinks} --tail {arguments.tail}: expected 0 or more"
     if not all(0 <= depth <= 1 for depth in arguments.depths):
         return f"--depths {' '.join(f'{depth:g}' for depth in arguments.depths)}: expected shares from 0 to 1"
-    return None
+    return unusable(arguments)
 
 
 def _lengths(arguments: argparse.Namespace, config: Any) -> list[int]:
@@ -200,24 +194,11 @@ def _prompts(arguments: argparse.Namespace, config: Any, tokenizer: Any, corpus:
 
 def _draw(trials: Sequence[Trial], skipped: Sequence[str], arguments: argparse.Namespace) -> None:
     """The report and the grids that were asked for."""
-    from ..errors import EvaluationError
-    from ..evaluation.plots import svg
     from ..retrieval.plots import PLOTS
     from ..retrieval.report import html_report
 
-    try:
-        if arguments.report is not None:
-            arguments.report.write_text(html_report(trials, skipped), encoding="utf-8")
-            say(f"Wrote {arguments.report}")
-        if arguments.plots is not None:
-            arguments.plots.mkdir(exist_ok=True)
-            for name, draw in PLOTS.items():
-                (arguments.plots / f"{name}.svg").write_text(svg(draw(trials)), encoding="utf-8")
-            say(f"Wrote {', '.join(f'{name}.svg' for name in PLOTS)} to {arguments.plots}")
-    except OSError as error:
-        raise EvaluationError(
-            f"cannot write {error.filename}: {error.strerror}; the results themselves are in {arguments.output}"
-        ) from error
+    plots = {name: partial(draw, trials) for name, draw in PLOTS.items()}
+    write_drawings(arguments, lambda: html_report(trials, skipped), plots)
 
 
 def run_needle(arguments: argparse.Namespace) -> int:
