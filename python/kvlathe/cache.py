@@ -138,13 +138,11 @@ class CompressedDynamicCache(DynamicCache):
             PresetError: a preset that was calibrated for another model.
             DeviceError: a device that this machine lacks.
         """
-        return cls._from_preset(
-            preset,
-            model.config if model is not None else None,
-            compress_start_len,
-            uncompressed_tail,
-            device,
-        )
+        config = model.config if model is not None else None
+        cache = cls._from_preset(preset, config, compress_start_len, uncompressed_tail, device)
+        if model is not None:
+            _warn_if_unverified(preset)
+        return cache
 
     @classmethod
     def _from_preset(
@@ -157,7 +155,6 @@ class CompressedDynamicCache(DynamicCache):
     ) -> CompressedDynamicCache:
         if config is not None:
             preset.check_model(config)
-            _warn_if_unverified(preset)
         k_compressors = [_compressor(preset, layer, "key") for layer in range(preset.n_layers)]
         v_compressors = [_compressor(preset, layer, "value") for layer in range(preset.n_layers)]
         cache = cls.__new__(cls)
