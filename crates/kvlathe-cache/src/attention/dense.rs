@@ -35,8 +35,7 @@ impl<E: Element> Head<'_, E> {
             let n_tokens = keys.len() / key_dim;
             for at in (0..n_tokens).step_by(TILE_TOKENS) {
                 let run = at..n_tokens.min(at + TILE_TOKENS);
-                let place =
-                    Place { first: first + at, n_tokens: run.len(), width: run.len().next_multiple_of(16) };
+                let place = padded(first + at, run.len());
                 if self.sees_any(&rows, place) {
                     let keys = &keys[run.start * key_dim..run.end * key_dim];
                     let values = &values[run.start * value_dim..run.end * value_dim];

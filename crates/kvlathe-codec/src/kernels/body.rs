@@ -2,11 +2,12 @@
 //! there are no closures: the compiler would build them without the caller's instruction set.
 
 use super::Scratch;
-use super::lanes::{LANES, Lanes, load};
+use super::f32x8::F32x8;
+use super::lanes::{LANES, Lanes, groups, groups_mut, load};
 use super::multiply::Multiply;
 use crate::basis::StreamTables;
 use crate::block::{SIDE_BYTES_PER_TOKEN, pack_row, row_bytes};
-use crate::gain::{GUARD_SCALES, gain, gain_code, pack_side, unpack_side};
+use crate::gain::{GUARD_SCALES, gain, gain_code, pack_side};
 use crate::reference::{GUARD_CANDIDATES, smallest_safe_guard};
 use crate::rope::Rotation;
 use crate::width::Width;
@@ -123,19 +124,15 @@ pub(super) fn decode<M: Multiply>(tables: &StreamTables, packed: &[u8], scratch:
     let (side, rows) = packed.split_at(n * SIDE_BYTES_PER_TOKEN);
     unpack_levels(tables, rows, z);
     M::multiply(&tables.synthesis, z, x, (tables.n_coded(), n));
-    for t in (0..n).step_by(LANES) {
-        let mut gains = [0.0f32; LANES];
-        let mut scales = [0.0f32; LANES];
-        for l in 0..LANES {
-            let at = 2 * (t + l);
-            (gains[l], scales[l]) = unpack_side(u16::from_le_bytes([side[at], side[at + 1]]));
-        }
+    let n_groups = n / LANES;
+    let (words, x) = (side.as_chunks().0, groups_mut(x));
+    let means = groups(&tables.shape_mean);
+    for t in 0..n_groups {
+        let (gains, scales) = M::F32x8::unpack_sides(&words[t]);
         for j in 0..tables.head_dim {
-            let mean = load(&tables.shape_mean, j * n + t);
-            let x = &mut x[j * n + t..j * n + t + LANES];
-            for l in 0..LANES {
-                x[l] = x[l].mul_add(scales[l], mean[l]) * gains[l];
-            }
+            let at = j * n_groups + t;
+            let shape = M::F32x8::load(&x[at]).mul_add(scales, M::F32x8::load(&means[at]));
+            shape.mul(gains).store(&mut x[at]);
         }
     }
 }

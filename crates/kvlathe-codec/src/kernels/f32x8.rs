@@ -1,6 +1,6 @@
 //! Eight f32 side by side: what the loops around the matrix products are written in.
 //!
-//! The compiler's own vector code for them was three times slower: blocks are short, and it spends them on remainders.
+//! The compiler's own vector code for them took two thirds longer: blocks are short, and it spends them on remainders.
 //! Every operation rounds as IEEE 754 says, so all instruction sets give the same bits.
 
 use super::ROUND;
