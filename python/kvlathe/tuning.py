@@ -112,8 +112,11 @@ def measure(
     evaluator: Evaluator, preset: Preset, options: TuneOptions, what: str = "evaluating"
 ) -> CurvePoint:
     """One preset's quality and whether it is within the budget."""
-    cache = CompressedDynamicCache.from_preset(preset)
-    return judge(evaluator.run(*coders(cache), what=what), preset.bits_per_value, options)
+    return judge(_quality(evaluator, preset, what), preset.bits_per_value, options)
+
+
+def _quality(evaluator: Evaluator, preset: Preset, what: str) -> Quality:
+    return evaluator.run(*coders(CompressedDynamicCache.from_preset(preset)), what=what)
 
 
 def search_bits(
@@ -277,7 +280,7 @@ class _Judge:
     def point(self, candidate: Preset, options: TuneOptions, what: str) -> CurvePoint:
         bits = candidate.bits_per_value
         if bits not in self._known:
-            self._known[bits] = measure(self._evaluator, candidate, options, what).quality
+            self._known[bits] = _quality(self._evaluator, candidate, what)
         return judge(self._known[bits], bits, options)
 
 

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .options import say
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, output: Path, drawn: str) -> None:
+    """``--output``, ``--report`` and ``--plots``; ``drawn`` is what the plots are called."""
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output",
+        type=Path,
+        default=output,
+        help="results, JSON Lines; found again by a re-run (default %(default)s)",
+    )
+    group.add_argument(
+        "--report", type=Path, metavar="FILE", help=f"write an HTML page with tables and {drawn}"
+    )
+    group.add_argument("--plots", type=Path, metavar="FOLDER", help=f"write the {drawn} as SVG files")
 
 
 def unusable(arguments: argparse.Namespace) -> str | None:

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .drawings import unusable, write_drawings
+from .drawings import add_output_arguments, unusable, write_drawings
+from .loading import model_and_text, probed
 from .methods import (
     BASELINES_LISTED,
     add_method_arguments,
@@ -84,15 +85,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--sinks", type=int, default=4, help="first tokens, exact (default %(default)s)")
     text.add_argument("--tail", type=int, default=128, help="latest tokens, exact (default %(default)s)")
     add_seed_argument(text)
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--output",
-        type=Path,
-        default=Path("kvlathe-eval.jsonl"),
-        help="results, JSON Lines; found again by a re-run (default %(default)s)",
-    )
-    output.add_argument("--report", type=Path, metavar="FILE", help="write an HTML page with table and plots")
-    output.add_argument("--plots", type=Path, metavar="FOLDER", help="write the plots as SVG files")
+    add_output_arguments(parser, Path("kvlathe-eval.jsonl"), "plots")
     add_run_arguments(parser)
 
 
@@ -128,25 +121,18 @@ def run_eval(arguments: argparse.Namespace) -> int:
     if wrong := unusable(arguments):
         say(wrong)
         return 2
-    import torch
-
     from ..baselines import Subject
-    from ..cache import available_device
-    from ..corpus import corpus_from_files, default_corpus, windows
+    from ..corpus import windows
     from ..evaluation import PresetMethod, Results, evaluate
     from ..evaluation.plots import require_matplotlib
     from ..evaluation.report import describe_mode
     from ..evaluation.run import make_setting
     from ..evaluation.table import markdown
-    from ..model_loading import load_model
-    from ..rope_probe import probe_rope
 
     if arguments.report is not None or arguments.plots is not None:
         require_matplotlib()
     results = Results(arguments.output)
-    device = available_device(arguments.device)
-    corpus = corpus_from_files(arguments.text) if arguments.text else default_corpus(seed=arguments.seed)
-    loaded = load_model(arguments.model, device=device, dtype=getattr(torch, arguments.dtype))
+    loaded, corpus = model_and_text(arguments)
     model, tokenizer = loaded.model, loaded.tokenizer
     _check_length(model.config, arguments.window)
     judged = _windows(arguments, corpus, tokenizer)
@@ -159,9 +145,7 @@ def run_eval(arguments: argparse.Namespace) -> int:
         n_sinks=arguments.sinks,
         tail=arguments.tail,
     )
-    probe = probe_rope(model)
-    for note in probe.notes:
-        say(f"note: {note}")
+    probe = probed(model)
     subject = Subject(
         model,
         probe,

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .drawings import unusable, write_drawings
+from .drawings import add_output_arguments, unusable, write_drawings
+from .loading import model_and_text, probed
 from .methods import (
     BASELINES_LISTED,
     add_method_arguments,
@@ -107,17 +108,7 @@ def add_needle_arguments(parser: argparse.ArgumentParser) -> None:
     needles.add_argument(
         "--seed", type=int, default=0, help="chooses needles and pieces of text (default %(default)s)"
     )
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--output",
-        type=Path,
-        default=Path("kvlathe-needle.jsonl"),
-        help="results, JSON Lines; found again by a re-run (default %(default)s)",
-    )
-    output.add_argument(
-        "--report", type=Path, metavar="FILE", help="write an HTML page with tables and grids"
-    )
-    output.add_argument("--plots", type=Path, metavar="FOLDER", help="write the grids as SVG files")
+    add_output_arguments(parser, Path("kvlathe-needle.jsonl"), "grids")
     add_run_arguments(parser)
 
 
@@ -206,32 +197,22 @@ def run_needle(arguments: argparse.Namespace) -> int:
     if wrong := _unusable(arguments):
         say(wrong)
         return 2
-    import torch
-
-    from ..cache import available_device
-    from ..corpus import corpus_from_files, default_corpus
     from ..evaluation.plots import require_matplotlib
-    from ..model_loading import load_model
     from ..retrieval import Trials, search
     from ..retrieval.run import check_lengths, make_setting
     from ..retrieval.table import markdown, rows_by_kind, rows_by_length
-    from ..rope_probe import probe_rope
 
     if arguments.report is not None or arguments.plots is not None:
         require_matplotlib()
     trials = Trials(arguments.output)
-    device = available_device(arguments.device)
-    corpus = corpus_from_files(arguments.text) if arguments.text else default_corpus(seed=arguments.seed)
-    loaded = load_model(arguments.model, device=device, dtype=getattr(torch, arguments.dtype))
+    loaded, corpus = model_and_text(arguments)
     model, tokenizer = loaded.model, loaded.tokenizer
     prompts = _prompts(arguments, model.config, tokenizer, corpus)
     setting = make_setting(
         model, model_name=loaded.name, text_name=corpus.name, n_sinks=arguments.sinks, tail=arguments.tail
     )
     check_lengths(prompts, setting)
-    probe = probe_rope(model)
-    for note in probe.notes:
-        say(f"note: {note}")
+    probe = probed(model)
     holders, skipped = _holders(arguments, model, tokenizer, corpus, probe)
     say(
         f"{loaded.name}: {len(prompts)} needles in {corpus.name}, {len(holders)} caches; each keeps the latest "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..preset import Preset
+from .loading import model_and_text
 from .options import add_model_argument, add_run_arguments, add_seed_argument, count, positive, say
 
 if TYPE_CHECKING:
@@ -133,18 +134,11 @@ def run_tune(arguments: argparse.Namespace) -> int:
     if not arguments.output.parent.is_dir():
         say(f"--output {arguments.output}: there is no folder {arguments.output.parent}")
         return 2
-    import torch
-
-    from ..cache import available_device
-    from ..corpus import corpus_from_files, default_corpus
-    from ..model_loading import load_model
     from ..tuning import describe_budget, tune
 
     options = _tune_options(arguments)
     calibrated = Preset.load(arguments.calibrated) if arguments.calibrated else None
-    device = available_device(arguments.device)
-    corpus = corpus_from_files(arguments.text) if arguments.text else default_corpus(seed=arguments.seed)
-    loaded = load_model(arguments.model, device=device, dtype=getattr(torch, arguments.dtype))
+    loaded, corpus = model_and_text(arguments)
     say(f"{loaded.name}: tuning for {describe_budget(options)} on {corpus.name}")
     say(CURVE_HEADER)
     result = tune(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..preset import Preset
+from .loading import model_and_text
 from .options import add_model_argument, add_run_arguments, add_seed_argument, count, positive, say
 
 if TYPE_CHECKING:
@@ -52,17 +53,10 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """``kvlathe verify``."""
-    import torch
-
-    from ..cache import available_device
-    from ..corpus import corpus_from_files
-    from ..model_loading import load_model
     from ..verification import verify
 
     preset = Preset.load(arguments.preset)
-    device = available_device(arguments.device)
-    corpus = corpus_from_files(arguments.text)
-    loaded = load_model(arguments.model, device=device, dtype=getattr(torch, arguments.dtype))
+    loaded, corpus = model_and_text(arguments)
     say(f"{loaded.name}: verifying {preset.bits_per_value:.2f} bits a value on {corpus.name}")
     verdict = verify(
         loaded.model,

@@ -16,6 +16,7 @@ from ..compressors import IdentityCompressor, StreamSetCompressor, granularity, 
 from ..errors import EvaluationError
 from ..preset import Preset, Side
 from ..rope_probe import ModelShape
+from .method import with_coded
 from .size import SIDES, exact_token_bytes
 
 
@@ -42,12 +43,8 @@ def coders(cache: CompressedDynamicCache) -> tuple[Coder, Coder]:
 def _through(compressor: nn.Module, n_sinks: int, x: Tensor) -> Tensor:
     if native_codec(compressor) is None:
         return x
-    n_tokens = (x.shape[2] - n_sinks) // granularity(compressor) * granularity(compressor)
-    if n_tokens <= 0:
-        return x
-    end = n_sinks + n_tokens
-    coded = _code(compressor, x[:, :, n_sinks:end].contiguous(), n_sinks)
-    return torch.cat([x[:, :, :n_sinks], coded, x[:, :, end:]], dim=2)
+    end = n_sinks + (x.shape[2] - n_sinks) // granularity(compressor) * granularity(compressor)
+    return with_coded(x, n_sinks, end, lambda run: _code(compressor, run, n_sinks))
 
 
 class PresetMethod:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -58,6 +59,14 @@ class Method(Protocol):
         ...
 
 
+def with_coded(x: Tensor, start: int, end: int, code: Callable[[Tensor], Tensor]) -> Tensor:
+    """``x`` [B, H, T, D] with its tokens ``start`` to ``end`` as ``code`` gives them back; itself if there are none."""
+    if end <= start:
+        return x
+    coded = code(x[:, :, start:end].contiguous())
+    return torch.cat([x[:, :, :start], coded.to(x.dtype), x[:, :, end:]], dim=2)
+
+
 def coders_of(method: Method, n_sinks: int) -> tuple[Coder, Coder]:
     """A method's coders of keys and of values, the arguments of `Evaluator.run`.
 
@@ -67,12 +76,8 @@ def coders_of(method: Method, n_sinks: int) -> tuple[Coder, Coder]:
 
     def coder(side: Side) -> Coder:
         def code(layer: int, x: Tensor) -> Tensor:
-            n_coded = max(0, x.shape[2] - n_sinks) // method.group_len * method.group_len
-            if not n_coded:
-                return x
-            end = n_sinks + n_coded
-            coded = method.code(layer, side, x[:, :, n_sinks:end].contiguous(), n_sinks)
-            return torch.cat([x[:, :, :n_sinks], coded.to(x.dtype), x[:, :, end:]], dim=2)
+            end = n_sinks + max(0, x.shape[2] - n_sinks) // method.group_len * method.group_len
+            return with_coded(x, n_sinks, end, lambda run: method.code(layer, side, run, n_sinks))
 
         return code
 

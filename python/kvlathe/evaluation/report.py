@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
 from .plots import PLOTS, is_ours, svg
 from .run import LENGTHS, Result, Setting
 from .table import COLUMNS, row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1150px; margin: 2em auto; padding: 0 1em }
@@ -50,20 +54,25 @@ def html_report(results: Sequence[Result], skipped: Sequence[str] = ()) -> str:
         EvaluationError: matplotlib is not installed.
     """
     setting = results[0].setting
-    figures = "\n".join(
-        f"<figure>{svg(draw(results))}<figcaption class=what>{_CAPTIONS[name]}</figcaption></figure>"
-        for name, draw in PLOTS.items()
-    )
+    drawn = {_CAPTIONS[name]: draw(results) for name, draw in PLOTS.items()}
     return page(
         f"Caches of {setting.model}",
         f"{setting.n_windows} windows of {setting.window:,} tokens of {setting.text}",
         f"""<div class=wide>{_table(results)}</div>
-{figures}
+{figures(drawn)}
 <h2>Size at other lengths</h2>
 <div class=wide>{_sizes(results)}</div>
 {not_run(skipped)}
 <h2>What the numbers mean</h2>
 {_meanings(setting, results[0].quality.exact_perplexity)}""",
+    )
+
+
+def figures(drawn: Mapping[str, Figure]) -> str:
+    """Plots, by their captions, as HTML."""
+    return "\n".join(
+        f"<figure>{svg(figure)}<figcaption class=what>{caption}</figcaption></figure>"
+        for caption, figure in drawn.items()
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from .run import Result
 
@@ -43,9 +43,13 @@ def row(result: Result) -> tuple[str, ...]:
 
 def markdown(results: Iterable[Result]) -> str:
     """A table with one line a result, in the order given."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(row(result)) + " |" for result in results]
-    return "\n".join(lines)
+    return markdown_table(COLUMNS, map(row, results))
+
+
+def markdown_table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells as a Markdown table."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (heading, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(heading), *lines[1:]])
 
 
 def _short(nats: float) -> str:

@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ..attachment import PREFILL_CHUNK_TOKENS
 from ..cache import CompressedDynamicCache
 from ..evaluation import Method, PresetMethod, cache_size
+from ..evaluation.method import with_coded
 from ..preset import Preset, Side
 from ..rope_probe import ModelShape
 
@@ -168,12 +169,11 @@ class CodedHolder(Holder):
         return cache
 
     def _read_back(self, layer: int, side: Side, x: Tensor, n_coded: int) -> Tensor:
-        if not n_coded:
-            return x
-        start, end = self._n_sinks, self._n_sinks + n_coded
+        start = self._n_sinks
         # Methods are written for float32, whatever the model computes in.
-        coded = self._method.code(layer, side, x[:, :, start:end].float().contiguous(), start)
-        return torch.cat([x[:, :, :start], coded.to(x.dtype), x[:, :, end:]], dim=2)
+        return with_coded(
+            x, start, start + n_coded, lambda run: self._method.code(layer, side, run.float(), start)
+        )
 
     def bits(self, n_tokens: int) -> tuple[float, float]:
         size = cache_size(self._method, self._shape, n_tokens, n_sinks=self._n_sinks, tail=self._tail)

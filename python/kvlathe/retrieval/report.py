@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..evaluation.plots import is_ours, svg
-from ..evaluation.report import definitions, html_table, not_run, page
+from ..evaluation.plots import is_ours
+from ..evaluation.report import definitions, figures, html_table, not_run, page
 from .needle import KINDS
 from .plots import PLOTS
 from .run import Trial
@@ -28,11 +28,8 @@ def html_report(trials: Sequence[Trial], skipped: Sequence[str] = ()) -> str:
         EvaluationError: matplotlib is not installed.
     """
     setting = trials[0].setting
-    figures = "\n".join(
-        f"<figure>{svg(draw(trials))}<figcaption class=what>{_CAPTIONS[name]}</figcaption></figure>"
-        for name, draw in PLOTS.items()
-    )
-    n_prompts = len({(trial.kind, trial.number, trial.length, trial.depth) for trial in trials})
+    drawn = {_CAPTIONS[name]: draw(trials) for name, draw in PLOTS.items()}
+    n_prompts = len({trial.prompt for trial in trials})
     meanings = {
         "found": "share of needles whose answer greedy decoding gives token by token",
         "log-prob": "natural logarithm of the probability of the answer's tokens, those before given; mean over "
@@ -51,7 +48,7 @@ def html_report(trials: Sequence[Trial], skipped: Sequence[str] = ()) -> str:
         f"Needles found by {setting.model}",
         f"{n_prompts} needles, one at a time, in {setting.text}",
         f"""<div class=wide>{_table(rows_by_length(trials), trials)}</div>
-{figures}
+{figures(drawn)}
 <h2>By kind of needle</h2>
 <div class=wide>{_table(rows_by_kind(trials), trials)}</div>
 {not_run(skipped)}

@@ -103,6 +103,11 @@ class Trial:
     seconds: float
 
     @property
+    def prompt(self) -> tuple[str, int, int, float]:
+        """What tells prompts of one comparison apart."""
+        return self.kind, self.number, self.length, self.depth
+
+    @property
     def log_prob(self) -> float:
         """Log-probability of the whole answer, in nats."""
         return sum(self.log_probs)

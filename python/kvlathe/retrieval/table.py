@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from ..evaluation import interval
+from ..evaluation.table import markdown_table
 from .run import Trial
 
 Rows = list[tuple[str, ...]]
@@ -56,11 +57,9 @@ def _rows(trials: Sequence[Trial], groups: Sequence[tuple[str, Callable[[Trial],
 
 def _against(exact: Sequence[Trial], trials: Sequence[Trial]) -> str:
     """Mean change of the log-probability a token from the exact cache's, on the same prompts, in nats."""
-    by_prompt = {_prompt(trial): trial.log_prob_per_token for trial in exact}
+    by_prompt = {trial.prompt: trial.log_prob_per_token for trial in exact}
     changes = [
-        trial.log_prob_per_token - by_prompt[_prompt(trial)]
-        for trial in trials
-        if _prompt(trial) in by_prompt
+        trial.log_prob_per_token - by_prompt[trial.prompt] for trial in trials if trial.prompt in by_prompt
     ]
     if not changes or trials[0].name == "exact":
         return ""
@@ -68,12 +67,7 @@ def _against(exact: Sequence[Trial], trials: Sequence[Trial]) -> str:
     return f"{fmean(changes):+.3f} ({low:+.3f} to {high:+.3f})"
 
 
-def _prompt(trial: Trial) -> tuple[str, int, int, float]:
-    return trial.kind, trial.number, trial.length, trial.depth
-
-
 def markdown(rows: Rows) -> str:
     """Rows, the first of them the heading, as a Markdown table."""
     heading, *body = rows
-    lines = ["| " + " | ".join(heading) + " |", "|" + "---|" * len(heading)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body)])
+    return markdown_table(heading, body)
