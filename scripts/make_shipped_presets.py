@@ -13,10 +13,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from kvlathe import Preset, TuneOptions, calibrate, default_corpus, load_model
-from kvlathe.corpus import windows
+from kvlathe import Preset, TuneOptions, default_corpus, load_model
 from kvlathe.presets import BUDGETS, smollm2
-from kvlathe.tuning import Tuner
+from kvlathe.tuning import Tuner, calibrate_on
 
 
 def main() -> int:
@@ -26,15 +25,19 @@ def main() -> int:
     parser.add_argument("output", type=Path, help="folder for the presets")
     parser.add_argument("--calibrated", type=Path, help="take over this preset's calibration")
     parser.add_argument("--calibration-windows", type=int, default=48)
+    parser.add_argument("--sampled-windows", type=int, default=0)
     arguments = parser.parse_args()
     loaded = load_model("smollm2")
     corpus = default_corpus()
-    options = TuneOptions(calibration_windows=arguments.calibration_windows)
+    options = TuneOptions(
+        calibration_windows=arguments.calibration_windows, sampled_windows=arguments.sampled_windows
+    )
     if arguments.calibrated:
         calibrated = Preset.load(arguments.calibrated)
     else:
-        text = windows(loaded.tokenizer, corpus.calibration, options.window, options.calibration_windows)
-        calibrated = calibrate(loaded.model, text, name="SmolLM2-135M-Instruct", text_name=corpus.name)
+        calibrated = calibrate_on(
+            loaded.model, loaded.tokenizer, corpus, options, name="SmolLM2-135M-Instruct"
+        )
     tuner = Tuner(loaded.model, loaded.tokenizer, corpus, calibrated, options)
     for budget, (target_ppl_delta, target_kld) in BUDGETS.items():
         result = tuner.fit(replace(options, target_ppl_delta=target_ppl_delta, target_kld=target_kld))

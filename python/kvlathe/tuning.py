@@ -19,9 +19,10 @@ from ._native import version
 from .cache import CompressedDynamicCache
 from .calibration import CalibrationOptions, calibrate
 from .corpus import Corpus, halves, windows
-from .errors import BudgetError
+from .errors import BudgetError, CorpusError
 from .evaluation import Evaluator, Quality, coders, upper_bound
 from .preset import Preset
+from .sampled_text import sampled_windows
 
 # The search works on this grid, in bits a value; finer is below the noise of a measurement.
 _GRID = 1 / 8
@@ -41,6 +42,9 @@ class TuneOptions:
         window: tokens of a window of text.
         calibration_windows, evaluation_windows, verification_windows: how many to calibrate, to search and to verify
             on; from different documents.
+        sampled_windows: how many of the calibration's windows the model writes itself, 0 to `calibration_windows`.
+            Half of them make up for a corpus of another kind than the text to come, but writing takes a while without
+            a GPU; see `kvlathe.sampled_text.sampled_windows`.
         confidence: the budget must hold for the one-sided bootstrap bound of this confidence, not for the mean.
         calibration: how to calibrate. Its seed also chooses windows.
     """
@@ -49,6 +53,7 @@ class TuneOptions:
     target_kld: float | None = None
     window: int = 1024
     calibration_windows: int = 32
+    sampled_windows: int = 0
     evaluation_windows: int = 12
     verification_windows: int = 12
     confidence: float = 0.95
@@ -62,6 +67,11 @@ class TuneOptions:
                 raise BudgetError(
                     f"{name} is {value}, expected a positive number (0.05 stands for +5 % perplexity)"
                 )
+        if not 0 <= self.sampled_windows <= self.calibration_windows:
+            raise CorpusError(
+                f"sampled_windows is {self.sampled_windows}, expected 0 to {self.calibration_windows}: they are "
+                "part of calibration_windows"
+            )
 
 
 @dataclass(frozen=True)
@@ -187,14 +197,38 @@ def tune(
         PresetError: `calibrated` belongs to another model.
     """
     options = options or TuneOptions()
-    seed = options.calibration.seed
     if calibrated is None:
-        text = windows(tokenizer, corpus.calibration, options.window, options.calibration_windows, seed)
-        calibrated = calibrate(
-            model, text, name=name, text_name=corpus.name, options=options.calibration, on_note=on_note
-        )
+        calibrated = calibrate_on(model, tokenizer, corpus, options, name=name, on_note=on_note)
     return Tuner(model, tokenizer, corpus, calibrated, options).fit(
         options, on_note=on_note, on_point=on_point
+    )
+
+
+def calibrate_on(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    corpus: Corpus,
+    options: TuneOptions,
+    *,
+    name: str = "",
+    on_note: Callable[[str], None] | None = None,
+) -> Preset:
+    """`calibrate` on a corpus's calibration side and on what the model writes itself, as many windows of each as
+    ``options`` say.
+
+    Raises:
+        CorpusError: too little text.
+        CalibrationError, ModelError: see `calibrate`.
+    """
+    seed, n_sampled = options.calibration.seed, options.sampled_windows
+    n_read = options.calibration_windows - n_sampled
+    text = windows(tokenizer, corpus.calibration, options.window, n_read, seed) if n_read else []
+    text_name = corpus.name
+    if n_sampled:
+        text += sampled_windows(model, tokenizer, options.window, n_sampled, seed=seed)
+        text_name = f"{corpus.name} and the model's own" if n_read else "the model's own"
+    return calibrate(
+        model, text, name=name, text_name=text_name, options=options.calibration, on_note=on_note
     )
 
 

@@ -59,6 +59,13 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text.add_argument("--window", type=count, default=1024, help="tokens of a window (default %(default)s)")
     text.add_argument("--calibration-windows", type=count, default=32, help="default %(default)s")
+    text.add_argument(
+        "--sampled-windows",
+        type=int,
+        default=0,
+        help="how many of these the model writes itself; half of them is best where --text is not what the preset will "
+        "meet (default %(default)s, writing takes a while without a GPU)",
+    )
     text.add_argument("--evaluation-windows", type=count, default=12, help="default %(default)s")
     text.add_argument("--verification-windows", type=count, default=12, help="default %(default)s")
     add_seed_argument(text)
@@ -102,6 +109,7 @@ def _tune_options(arguments: argparse.Namespace) -> TuneOptions:
         target_kld=arguments.target_kld,
         window=arguments.window,
         calibration_windows=arguments.calibration_windows,
+        sampled_windows=arguments.sampled_windows,
         evaluation_windows=arguments.evaluation_windows,
         verification_windows=arguments.verification_windows,
         confidence=arguments.confidence,
