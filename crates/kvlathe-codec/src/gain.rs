@@ -6,8 +6,9 @@
 //! * **Guard.** A factor on the token's quantiser steps, one of [`GUARD_SCALES`]. A token with an outlying coefficient
 //!   takes larger steps instead of clipping.
 
-/// Activations above this magnitude are refused; real ones stay many orders below.
-pub const MAX_MAGNITUDE: f32 = 1e18;
+/// Activations above this magnitude are refused; real ones stay many orders below. The squares of 1024 of them, the most
+/// that a vector has, can be summed in float32.
+pub const MAX_MAGNITUDE: f32 = 1e17;
 
 /// Gain codes per octave (doubling of the gain).
 const GAIN_CODES_PER_OCTAVE: f64 = 32.0;
