@@ -2,7 +2,7 @@
 
 use arbitrary::{Arbitrary, Unstructured};
 use half::f16;
-use kvlathe::codec::{Basis, Pairing, Rope, StreamTables, WIDTHS, Width};
+use kvlathe::codec::{BLOCK_LENS, Basis, Pairing, Rope, StreamTables, WIDTHS, Width};
 
 /// Numbers that are read before they repeat: enough to be unlike each other, few enough to be found by a fuzzer.
 const POOL: usize = 29;
@@ -107,7 +107,8 @@ impl<'a> Source<'a> {
     /// A stream's codec, if the codec takes it.
     pub(crate) fn stream(&mut self) -> Option<Stream> {
         let d = self.one_of(&[1, 2, 3, 5, 8, 12, 16, 17, 24, 32]);
-        let block_len = self.one_of(&[8, 8, 8, 16, 16, 32, 64, 128, 256]);
+        // Long blocks take long, and are no different.
+        let block_len = if self.below(8) > 0 { self.one_of(&[8, 16]) } else { self.one_of(&BLOCK_LENS) };
         let rope = self.rope(d);
         let basis = self.basis(d, false);
         let tables = StreamTables::new(&basis, rope.as_ref(), block_len).ok()?;

@@ -129,6 +129,16 @@ mod tests {
         assert_eq!(gain(gain_code(1e-40)), 0.0);
     }
 
+    /// Of vectors of any length that the codec takes; an infinite mean square would be taken for the zero vector.
+    #[test]
+    fn largest_activations_have_a_gain() {
+        let square = MAX_MAGNITUDE * MAX_MAGNITUDE;
+        let sum = (0..crate::MAX_HEAD_DIM).fold(0.0f32, |sum, _| sum + square);
+        assert!(sum.is_finite());
+        let ratio = gain(gain_code(sum / crate::MAX_HEAD_DIM as f32)) / MAX_MAGNITUDE;
+        assert!((ratio - 1.0).abs() < 0.012, "{ratio}");
+    }
+
     #[test]
     fn side_round_trips() {
         let (g, s) = unpack_side(pack_side(2048, 15));
