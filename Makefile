@@ -18,7 +18,7 @@ export TEXT CONTEXT
 .SUFFIXES:
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help setup demo test lint fmt bench lock clean tools FORCE
+.PHONY: help setup demo test lint fmt bench fuzz asan lock clean tools FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 16
@@ -63,6 +63,12 @@ bench: setup ## Rust benches, then benches/*.py
 	@set -e; for script in benches/*.py; do \
 		if [ -f "$$script" ]; then echo "bench: $$script"; $(BIN)/python "$$script"; fi; \
 	done
+
+fuzz: ## fuzz TARGET=name (all in turn without) for SECONDS=60 with libFuzzer and AddressSanitizer
+	@scripts/fuzz $(if $(SECONDS),$(SECONDS),60) $(TARGET)
+
+asan: ## the Rust tests with AddressSanitizer
+	@scripts/asan
 
 lock: $(VENV)/.uv ## newest packages within python/requirements/*.in
 	@cd python && for set in uv dev model; do \

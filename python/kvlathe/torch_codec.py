@@ -19,7 +19,7 @@ _GUARD_SCALES = (0.75, 0.84, 0.92, 1.0, 1.09, 1.19, 1.3, 1.42, 1.6, 1.85, 2.3, 3
 _GUARD_CANDIDATES = 5
 _GAIN_CODES_PER_OCTAVE = 32
 _GAIN_CODE_OF_ONE = 2048
-MAX_MAGNITUDE = 1e18
+MAX_MAGNITUDE = 1e17
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class TorchStreamCodec:
     def encode(self, x: Tensor, position: int) -> Tensor:
         """[B, H, n_tokens, D] to uint8 [B, n_blocks, block bytes]. See `StreamSetCompressor.compress`."""
         if not bool((x.abs() <= MAX_MAGNITUDE).all()):
-            raise NonFiniteError("vectors hold NaN, infinity or a magnitude above 1e18")
+            raise NonFiniteError("vectors hold NaN, infinity or a magnitude above 1e17")
         batch, heads, n_tokens, d = x.shape
         blocks = x.to(torch.float32).view(batch, heads, n_tokens // self.block_len, self.block_len, d)
         blocks = self._turn(blocks, position, -1)

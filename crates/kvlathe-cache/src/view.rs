@@ -17,13 +17,15 @@ impl<'a, E> TensorView<'a, E> {
     /// A buffer that ends before the last element.
     pub fn new(data: &'a [E], shape: [usize; 4], strides: [usize; 3]) -> Result<Self> {
         let needed = if shape.contains(&0) {
-            0
+            Some(0)
         } else {
-            let last: usize = shape[..3].iter().zip(strides).map(|(n, s)| (n - 1) * s).sum();
-            last + shape[3]
+            // Strides may be anything, so their sum may be no number at all.
+            let steps = shape[..3].iter().zip(strides);
+            steps.into_iter().try_fold(shape[3], |sum, (n, s)| sum.checked_add((n - 1).checked_mul(s)?))
         };
-        if data.len() < needed {
-            return Err(CacheError::Buffer { what: "tensor", given: data.len(), expected: needed });
+        let expected = needed.unwrap_or(usize::MAX);
+        if needed.is_none() || data.len() < expected {
+            return Err(CacheError::Buffer { what: "tensor", given: data.len(), expected });
         }
         Ok(Self { data, shape, strides })
     }
@@ -33,7 +35,9 @@ impl<'a, E> TensorView<'a, E> {
     /// # Errors
     /// A buffer shorter than the shape.
     pub fn contiguous(data: &'a [E], shape: [usize; 4]) -> Result<Self> {
-        Self::new(data, shape, [shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3]])
+        let [_, heads, tokens, d] = shape;
+        let head = tokens.saturating_mul(d);
+        Self::new(data, shape, [heads.saturating_mul(head), head, d])
     }
 
     /// `[batch, heads, tokens, head_dim]`.

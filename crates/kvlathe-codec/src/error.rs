@@ -47,7 +47,7 @@ pub enum CodecError {
     },
     /// NaN, infinity or a magnitude above [`crate::gain::MAX_MAGNITUDE`] in keys or values.
     #[error(
-        "token {token} of KV head {head} holds NaN, infinity or a magnitude above 1e18; the model's {side} are broken before they reach the cache"
+        "token {token} of KV head {head} holds NaN, infinity or a magnitude above 1e17; the model's {side} are broken before they reach the cache"
     )]
     BadActivation {
         /// "keys" or "values".

@@ -6,8 +6,9 @@
 //! * **Guard.** A factor on the token's quantiser steps, one of [`GUARD_SCALES`]. A token with an outlying coefficient
 //!   takes larger steps instead of clipping.
 
-/// Activations above this magnitude are refused; real ones stay many orders below.
-pub const MAX_MAGNITUDE: f32 = 1e18;
+/// Activations above this magnitude are refused; real ones stay many orders below. The squares of 1024 of them, the most
+/// that a vector has, can be summed in float32.
+pub const MAX_MAGNITUDE: f32 = 1e17;
 
 /// Gain codes per octave (doubling of the gain).
 const GAIN_CODES_PER_OCTAVE: f64 = 32.0;
@@ -126,6 +127,16 @@ mod tests {
     fn tiny_gains_are_the_zero_vector() {
         assert_eq!(gain(gain_code(0.0)), 0.0);
         assert_eq!(gain(gain_code(1e-40)), 0.0);
+    }
+
+    /// Of vectors of any length that the codec takes; an infinite mean square would be taken for the zero vector.
+    #[test]
+    fn largest_activations_have_a_gain() {
+        let square = MAX_MAGNITUDE * MAX_MAGNITUDE;
+        let sum = (0..crate::MAX_HEAD_DIM).fold(0.0f32, |sum, _| sum + square);
+        assert!(sum.is_finite());
+        let ratio = gain(gain_code(sum / crate::MAX_HEAD_DIM as f32)) / MAX_MAGNITUDE;
+        assert!((ratio - 1.0).abs() < 0.012, "{ratio}");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::io::Read;
 use std::path::Path;
 
 use crate::atomic_write::atomic_write;
-use crate::{MAX_FILE_BYTES, Preset, PresetError, json, safetensors_file};
+use crate::{MAX_FILE_BYTES, Preset, PresetError, json, safetensors_file, wire};
 
 /// Longest header that the safetensors specification allows, in bytes.
 const MAX_SAFETENSORS_HEADER: u64 = 100_000_000;
@@ -87,6 +87,7 @@ impl Preset {
     /// What a reader will see, or why it would be refused.
     fn checked_for_writing(&self) -> Result<Self, PresetError> {
         self.validate()?;
+        wire::check_free(&self.meta)?;
         self.check_float16_range()?;
         let rounded = self.rounded();
         // Once more, because rounding may take a U that is barely orthonormal over the edge.

@@ -1,7 +1,7 @@
 //! The JSON format: the seed's file, with our keys beside its own.
 
 use crate::validate::{check_n_layers, validate_meta};
-use crate::wire::{self, Bounded, FileWire, LayerWire, Matrix, Numbers, SideWire, StreamWire};
+use crate::wire::{self, Bounded, FileWire, LayerWire, Matrix, Numbers, SideWire, StreamWire, Streams};
 use crate::{LayerPreset, Meta, Preset, PresetError, SharedBasis, Side, SidePreset, StreamPreset};
 
 /// Editors on Windows put a byte order mark in front of UTF-8.
@@ -56,7 +56,7 @@ fn side_to_wire(side: &SidePreset, preset: &Preset) -> Option<SideWire> {
     Some(SideWire {
         u: Some(Matrix::new(shared.u.clone(), shared.rank)),
         mean: Some(Numbers(shared.mean.clone())),
-        streams: (!preset.is_seed()).then(|| Bounded(streams.collect())),
+        streams: (!preset.is_seed()).then(|| Streams(streams.collect())),
     })
 }
 

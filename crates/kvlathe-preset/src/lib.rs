@@ -56,6 +56,7 @@ mod json;
 mod preset;
 mod rounding;
 mod safetensors_file;
+mod safetensors_header;
 mod validate;
 mod wire;
 
@@ -66,8 +67,8 @@ pub use preset::{
     StreamPreset,
 };
 pub use validate::{
-    BLOCK_LENS, MAX_FILE_BYTES, MAX_HEAD_DIM, MAX_KV_HEADS, MAX_LAYERS, MAX_SINKS, ORTHONORMAL_TOLERANCE,
-    WIDTHS,
+    BLOCK_LENS, MAX_FILE_BYTES, MAX_HEAD_DIM, MAX_KV_HEADS, MAX_LAYERS, MAX_SINKS, MAX_STREAMS,
+    ORTHONORMAL_TOLERANCE, WIDTHS,
 };
 
 /// The version of the format that this crate writes, and the newest it reads.

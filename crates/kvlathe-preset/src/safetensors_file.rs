@@ -4,8 +4,9 @@ use std::collections::HashMap;
 
 use half::f16;
 use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype, TensorView, serialize};
+use safetensors::tensor::{Dtype, Metadata, TensorView, serialize};
 
+use crate::safetensors_header as header;
 use crate::validate::{check_n_layers, validate_meta};
 use crate::wire::{self, Bounded, FileWire};
 use crate::{LayerPreset, Meta, Preset, PresetError, SharedBasis, Side, SidePreset, StreamPreset};
@@ -26,10 +27,26 @@ fn prefix(layer: usize, side: Side) -> String {
     format!("layers.{layer}.{side}")
 }
 
+/// A header, and the data that its offsets refer to.
+struct Container<'a> {
+    header: Metadata,
+    data: &'a [u8],
+}
+
+impl<'a> Container<'a> {
+    /// The library checks that the tensors follow one another without gaps from the header to the end of the file, each
+    /// as long as its type and shape say. It takes some fifty times the memory of a header on the way, so a header is
+    /// looked through before, which takes none.
+    fn read(bytes: &'a [u8]) -> Result<Self, PresetError> {
+        header::check(bytes)?;
+        let (len, header) = SafeTensors::read_metadata(bytes).map_err(|error| container_error(&error))?;
+        Ok(Self { header, data: &bytes[header::LENGTH_BYTES + len..] })
+    }
+}
+
 pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Preset, PresetError> {
-    let tensors = SafeTensors::deserialize(bytes).map_err(|error| container_error(&error))?;
-    let (_, header) = SafeTensors::read_metadata(bytes).map_err(|error| container_error(&error))?;
-    let text = header.metadata().as_ref().and_then(|map| map.get(METADATA_KEY));
+    let container = Container::read(bytes)?;
+    let text = container.header.metadata().as_ref().and_then(|map| map.get(METADATA_KEY));
     let text = text.ok_or_else(|| PresetError::NotAPreset {
         found: format!(
             "it is a safetensors file without `{METADATA_KEY}` in its metadata, perhaps a model's weights"
@@ -40,12 +57,12 @@ pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Preset, PresetError> {
     validate_meta(&meta)?;
     let ropes = wire.layer_rope.ok_or_else(|| PresetError::missing("layer_rope"))?.0;
     check_n_layers(&meta, ropes.len())?;
-    check_layer_names(&meta, &tensors)?;
+    check_layer_names(&meta, &container.header)?;
     let layers = ropes.into_iter().enumerate().map(|(layer, rope)| {
         Ok(LayerPreset {
             rope,
-            key: Reader { layer, side: Side::Key, meta: &meta, tensors: &tensors }.side()?,
-            value: Reader { layer, side: Side::Value, meta: &meta, tensors: &tensors }.side()?,
+            key: Reader { layer, side: Side::Key, meta: &meta, container: &container }.side()?,
+            value: Reader { layer, side: Side::Value, meta: &meta, container: &container }.side()?,
         })
     });
     let layers = layers.collect::<Result<_, PresetError>>()?;
@@ -55,9 +72,9 @@ pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Preset, PresetError> {
 }
 
 /// Tensors of layers that the metadata does not count mean that one of the two is wrong.
-fn check_layer_names(meta: &Meta, tensors: &SafeTensors<'_>) -> Result<(), PresetError> {
+fn check_layer_names(meta: &Meta, header: &Metadata) -> Result<(), PresetError> {
     let index = |name: &str| name.strip_prefix("layers.")?.split('.').next()?.parse::<usize>().ok();
-    match tensors.iter().filter_map(|(name, _)| index(name)).max() {
+    match header.tensors().keys().filter_map(|name| index(name)).max() {
         Some(last) if last >= meta.n_layers => check_n_layers(meta, last.saturating_add(1)),
         _ => Ok(()),
     }
@@ -68,7 +85,7 @@ struct Reader<'a> {
     layer: usize,
     side: Side,
     meta: &'a Meta,
-    tensors: &'a SafeTensors<'a>,
+    container: &'a Container<'a>,
 }
 
 impl Reader<'_> {
@@ -78,7 +95,7 @@ impl Reader<'_> {
 
     fn shared(&self) -> Result<Option<SharedBasis>, PresetError> {
         let Meta { rank, head_dim, .. } = *self.meta;
-        let is_there = |field: &str| self.tensors.tensor(&self.name(field)).is_ok();
+        let is_there = |field: &str| self.container.header.info(&self.name(field)).is_some();
         if self.meta.lathe.is_none() && !is_there("shared.u") && !is_there("shared.mean") {
             return Ok(None);
         }
@@ -110,20 +127,21 @@ impl Reader<'_> {
     /// all there.
     fn bytes(&self, field: &str, dtype: Dtype, shape: &[usize]) -> Result<&[u8], PresetError> {
         let name = self.name(field);
-        let tensor = self.tensors.tensor(&name).map_err(|_| PresetError::missing(name.clone()))?;
-        if tensor.dtype() != dtype {
-            return Err(PresetError::invalid(format!("type of {name}"), tensor.dtype(), dtype.to_string()));
+        let tensor = self.container.header.info(&name).ok_or_else(|| PresetError::missing(name.clone()))?;
+        if tensor.dtype != dtype {
+            return Err(PresetError::invalid(format!("type of {name}"), tensor.dtype, dtype.to_string()));
         }
-        if tensor.shape() != shape {
+        if tensor.shape != shape {
             return Err(PresetError::Shape {
                 layer: self.layer,
                 side: self.side,
                 what: field.to_owned(),
-                given: format!("{:?}", tensor.shape()),
+                given: format!("{:?}", tensor.shape),
                 expected: format!("{shape:?}"),
             });
         }
-        Ok(tensor.data())
+        let (start, end) = tensor.data_offsets;
+        Ok(&self.container.data[start..end])
     }
 
     fn name(&self, field: &str) -> String {
@@ -164,7 +182,9 @@ pub(crate) fn to_bytes(preset: &Preset) -> Result<Vec<u8>, PresetError> {
     });
     let views = views.collect::<Result<Vec<_>, _>>().map_err(|error| container_error(&error))?;
     let metadata = HashMap::from([(METADATA_KEY.to_owned(), text)]);
-    serialize(views, Some(metadata)).map_err(|error| container_error(&error))
+    let bytes = serialize(views, Some(metadata)).map_err(|error| container_error(&error))?;
+    header::check(&bytes)?;
+    Ok(bytes)
 }
 
 fn push_side(tensors: &mut Vec<Tensor>, prefix: &str, side: &SidePreset, d: usize) {

@@ -12,6 +12,8 @@ pub const MAX_LAYERS: usize = 4096;
 pub const MAX_HEAD_DIM: usize = 1024;
 /// Most KV heads of a layer.
 pub const MAX_KV_HEADS: usize = 1024;
+/// Most KV heads of all layers together: 128 layers of 128. Codecs have tables for each, whatever the head dimension.
+pub const MAX_STREAMS: usize = 1 << 14;
 /// Most sink tokens.
 pub const MAX_SINKS: usize = 4096;
 /// Block lengths, in tokens, that the codec has.
@@ -66,6 +68,7 @@ pub(crate) fn validate_meta(meta: &Meta) -> Result<(), PresetError> {
 fn validate_lathe(meta: &Meta, lathe: &LatheMeta) -> Result<(), PresetError> {
     check_version(lathe.format_version)?;
     in_range("kvlathe.n_kv_heads", lathe.n_kv_heads, 1, MAX_KV_HEADS)?;
+    in_range("n_layers · kvlathe.n_kv_heads", meta.n_layers * lathe.n_kv_heads, 1, MAX_STREAMS)?;
     if !meta.n_heads.is_multiple_of(lathe.n_kv_heads) {
         return Err(PresetError::invalid(
             "kvlathe.n_kv_heads",
@@ -93,7 +96,8 @@ fn validate_lathe(meta: &Meta, lathe: &LatheMeta) -> Result<(), PresetError> {
     if !matches!(fingerprint.len(), 0 | 64) || !fingerprint.bytes().all(is_hex) {
         return Err(PresetError::invalid(
             "kvlathe.fingerprint",
-            format!("{fingerprint:?}"),
+            // A text may be as long as the file.
+            format!("{:?}", fingerprint.chars().take(80).collect::<String>()),
             "64 lower-case hex digits, or \"\" when the model's config is not known",
         ));
     }

@@ -8,7 +8,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 
-use serde::de::{self, DeserializeSeed, Deserializer, SeqAccess, Visitor};
+use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, SeqAccess, Visitor};
 use serde::ser::SerializeSeq;
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::value::RawValue;
@@ -17,8 +17,8 @@ use serde_json::{Map, Value};
 use crate::validate::check_version;
 use crate::{LatheMeta, MAX_HEAD_DIM, MAX_KV_HEADS, MAX_LAYERS, Meta, Pairing, PresetError, RopeDescription};
 
-/// Largest free-form section, in bytes of JSON. Parsed JSON takes some 20 times the memory of its text.
-const MAX_FREE_BYTES: usize = 16 << 20;
+/// Largest free-form section, in bytes of JSON. Parsed JSON can take a hundred times the memory of its text.
+const MAX_FREE_BYTES: usize = 1 << 20;
 
 #[derive(Default, Serialize, Deserialize)]
 pub(crate) struct FileWire {
@@ -83,7 +83,7 @@ pub(crate) struct SideWire {
     pub u: Option<Matrix>,
     pub mean: Option<Numbers>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub streams: Option<Bounded<StreamWire, MAX_KV_HEADS>>,
+    pub streams: Option<Streams>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -92,6 +92,12 @@ pub(crate) struct StreamWire {
     pub basis: Option<Matrix>,
     pub importance: Option<Numbers>,
     pub widths: Option<Bounded<u8, MAX_HEAD_DIM>>,
+}
+
+impl StreamWire {
+    fn is_whole(&self) -> bool {
+        self.mean.is_some() && self.basis.is_some() && self.importance.is_some() && self.widths.is_some()
+    }
 }
 
 impl FileWire {
@@ -197,6 +203,51 @@ fn probe_version(text: &[u8]) -> Option<u32> {
         format_version: u32,
     }
     serde_json::from_slice::<File>(text).ok().map(|file| file.kvlathe.format_version)
+}
+
+/// A free-form section that a reader would refuse is not written either.
+pub(crate) fn check_free(meta: &Meta) -> Result<(), PresetError> {
+    let Some(lathe) = &meta.lathe else { return Ok(()) };
+    for (what, section) in
+        [("kvlathe.calibration", &lathe.calibration), ("kvlathe.measured", &lathe.measured)]
+    {
+        let text =
+            serde_json::to_string(section).map_err(|error| PresetError::json("writing JSON", &error))?;
+        if text.len() > MAX_FREE_BYTES {
+            let expected = format!("at most {MAX_FREE_BYTES}; leave out what is not needed");
+            return Err(PresetError::invalid(format!("bytes of {what}"), text.len(), expected));
+        }
+    }
+    Ok(())
+}
+
+/// The streams of one side, up to the first that lacks something: `{}` takes 3 bytes in a file and far more in memory.
+#[derive(Default, Serialize)]
+pub(crate) struct Streams(pub Vec<StreamWire>);
+
+impl<'de> Deserialize<'de> for Streams {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Elements;
+        impl<'de> Visitor<'de> for Elements {
+            type Value = Streams;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "a list of at most {MAX_KV_HEADS} streams")
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Streams, A::Error> {
+                let mut streams: Vec<StreamWire> = Vec::new();
+                while streams.last().is_none_or(StreamWire::is_whole) {
+                    let Some(stream) = seq.next_element()? else { return Ok(Streams(streams)) };
+                    if streams.len() == MAX_KV_HEADS {
+                        return Err(de::Error::custom(format!("a list of more than {MAX_KV_HEADS} entries")));
+                    }
+                    streams.push(stream);
+                }
+                while seq.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(Streams(streams))
+            }
+        }
+        deserializer.deserialize_seq(Elements)
+    }
 }
 
 /// A free-form JSON object of at most [`MAX_FREE_BYTES`].

@@ -326,6 +326,26 @@ fn layers_that_the_metadata_does_not_count() {
     assert_invalid(Preset::from_bytes(&broken), "n_layers");
 }
 
+/// Each is a number that some model has; all of them together would be tables of many gigabytes.
+#[test]
+fn more_streams_than_any_model_has() {
+    let mut tree = tree(&sample(1, 1, 4, 2));
+    tree["n_layers"] = 4096.into();
+    tree["n_heads"] = 1024.into();
+    tree["kvlathe"]["n_kv_heads"] = 1024.into();
+    assert_invalid(read_tree(&tree), "n_layers · kvlathe.n_kv_heads");
+}
+
+/// What a reader would refuse is not written.
+#[test]
+fn records_that_are_too_long() {
+    let mut preset = sample(1, 1, 4, 2);
+    let measured = &mut preset.meta.lathe.as_mut().unwrap().measured;
+    measured.insert("text".to_owned(), "x".repeat(1 << 20).into());
+    assert_invalid(preset.to_json_string(), "bytes of kvlathe.measured");
+    assert_invalid(preset.to_safetensors_bytes(), "bytes of kvlathe.measured");
+}
+
 #[test]
 fn numbers_that_float16_cannot_hold() {
     let mut preset = sample(1, 1, 4, 2);

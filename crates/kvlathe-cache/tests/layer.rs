@@ -1,0 +1,95 @@
+//! What a layer's cache counts and refuses. Sequences of operations are compared with a model in `fuzz/src/layer_cache.rs`.
+
+use std::sync::Arc;
+
+use half::bf16;
+use kvlathe_cache::{Coding, LayerCache, Policy, TensorView};
+use kvlathe_codec::{Basis, LowRank, Pairing, Rope, Storage, StreamSet, Width};
+
+const HEADS: usize = 2;
+const DIM: usize = 8;
+const BLOCK_LEN: usize = 8;
+
+fn eight_bit_basis(mean: f32) -> Basis {
+    let synthesis = (0..DIM * DIM).map(|i| if i % (DIM + 1) == 0 { 1.0 } else { 0.0 }).collect();
+    Basis { mean: vec![mean; DIM], synthesis, importance: vec![1.0; DIM], widths: vec![Width::W8; DIM] }
+}
+
+fn blocks(rope: bool) -> Coding {
+    let rope =
+        rope.then(|| Arc::new(Rope::new(Pairing::HalfSplit, DIM, vec![1.0, 0.1, 0.01, 0.001]).unwrap()));
+    Coding::Blocks(Arc::new(
+        StreamSet::new(&[eight_bit_basis(0.1), eight_bit_basis(-0.2)], rope, BLOCK_LEN).unwrap(),
+    ))
+}
+
+fn low_rank() -> Coding {
+    let u: Vec<f32> = (0..DIM * DIM).map(|i| if i % (DIM + 1) == 0 { 1.0 } else { 0.0 }).collect();
+    Coding::LowRank(Arc::new(LowRank::new(&u, &[0.5; DIM], DIM, Storage::Int8).unwrap()))
+}
+
+#[test]
+fn packed_memory_is_what_the_widths_say() {
+    let policy = Policy { n_sinks: 4, compress_start_len: 0, n_tail: 16 };
+    let mut cache =
+        LayerCache::<bf16>::new(blocks(true), blocks(false), policy, 1, HEADS, (DIM, DIM)).unwrap();
+    let n = 4 + 16 + 100 * BLOCK_LEN;
+    let data: Vec<bf16> = (0..HEADS * n * DIM).map(|i| bf16::from_f32((i as f32).sin())).collect();
+    let view = TensorView::contiguous(&data, [1, HEADS, n, DIM]).unwrap();
+    cache.append(view, view).unwrap();
+    cache.compress().unwrap();
+    assert_eq!(cache.n_coded(), 100 * BLOCK_LEN);
+    let memory = cache.memory_use();
+    // 8 tokens × (8 components × 8 bits + 16 bits) × 2 heads = 160 bytes, padded to 192, plus 40 of bookkeeping.
+    assert_eq!(memory.coded_bytes, 2 * 100 * (192 + 40));
+    assert!(
+        memory.exact_bytes <= 2 * HEADS * DIM * 2 * (4 + 16 + 64),
+        "the exact copy of the prompt is gone"
+    );
+
+    // Four beams that share their past cost their tails, not their blocks.
+    let alone = cache.memory_use();
+    cache.select(&[0, 0, 0, 0]).unwrap();
+    assert_eq!(cache.memory_use().coded_bytes, alone.coded_bytes);
+}
+
+#[test]
+fn refused_input_changes_nothing() {
+    let policy = Policy { n_sinks: 0, compress_start_len: 0, n_tail: 0 };
+    let mut cache =
+        LayerCache::<f32>::new(blocks(false), Coding::Exact, policy, 1, HEADS, (DIM, DIM)).unwrap();
+    let mut data = vec![1.0f32; HEADS * 3 * DIM];
+    let shape = [1, HEADS, 3, DIM];
+    cache
+        .append(TensorView::contiguous(&data, shape).unwrap(), TensorView::contiguous(&data, shape).unwrap())
+        .unwrap();
+    data[DIM * 4] = f32::INFINITY;
+    let bad = TensorView::contiguous(&data, shape).unwrap();
+    let message = cache.append(bad, bad).unwrap_err().to_string();
+    assert!(message.contains("token 1 of KV head 1") && message.contains("keys"), "{message}");
+    let other_batch = TensorView::contiguous(&data[..0], [2, HEADS, 0, DIM]).unwrap();
+    assert!(cache.append(other_batch, other_batch).unwrap_err().to_string().contains("batch size is 2"));
+    assert_eq!(cache.n_tokens(), 3);
+    assert!(TensorView::contiguous(&data, [1, HEADS, 4, DIM]).is_err(), "a view may not run past its buffer");
+    // Nor may a size or a stride be so large that its product is none.
+    for (shape, strides) in [
+        ([1, 2, 1, DIM], [0, usize::MAX, 0]),
+        ([2, 2, 1, DIM], [usize::MAX / 2, usize::MAX / 2, 0]),
+        ([3, 1, 1, usize::MAX], [1, 0, 0]),
+    ] {
+        assert!(TensorView::new(&data, shape, strides).is_err(), "{shape:?} {strides:?}");
+    }
+    assert!(TensorView::contiguous(&data, [2, usize::MAX / 4, 4, DIM]).is_err());
+}
+
+#[test]
+fn codecs_of_another_model_are_refused() {
+    let wrong = |key, value, heads, dim| {
+        LayerCache::<f32>::new(key, value, Policy::default(), 1, heads, (dim, dim))
+            .err()
+            .expect("refused")
+            .to_string()
+    };
+    assert!(wrong(blocks(false), Coding::Exact, 3, DIM).contains("KV heads is 3"));
+    assert!(wrong(Coding::Exact, low_rank(), HEADS, 16).contains("head_dim is 16"));
+}

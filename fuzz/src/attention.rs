@@ -1,0 +1,78 @@
+//! Attention from packed blocks against attention over the same tokens, decoded and held exactly.
+
+use std::sync::Arc;
+
+use kvlathe::cache::{AttentionOptions, Coding, LayerCache, Policy, TensorView};
+use kvlathe::codec::{Rope, StreamSet};
+
+use crate::source::Source;
+
+/// Error of a score, of ‖q‖·‖x̂‖: what `kvlathe_codec` states for bases that it was tried with.
+const SCORE_ERROR: f64 = 1e-3;
+/// Relative error of an output where scores are exact.
+const OUTPUT_ERROR: f64 = 1e-4;
+
+pub(crate) fn run(bytes: &[u8]) {
+    let mut source = Source::new(bytes);
+    let (heads, d, block_len) =
+        (1 + source.below(2), source.one_of(&[8, 16, 24, 40]), source.one_of(&[8, 16, 32]));
+    let rope = source.rope(d).map(Arc::new);
+    let mut coding = |rope: Option<Arc<Rope>>| {
+        let bases: Vec<_> = (0..heads).map(|_| source.basis(d, true)).collect();
+        StreamSet::new(&bases, rope, block_len).ok().map(|set| Coding::Blocks(Arc::new(set)))
+    };
+    let (Some(key), Some(value)) = (coding(rope), coding(None)) else { return };
+    let policy =
+        Policy { n_sinks: source.below(6), compress_start_len: source.below(64), n_tail: source.below(40) };
+    let (batch, n) = (1 + source.below(2), 1 + source.below(150));
+    let shape = [batch, heads, n, d];
+    let size = source.one_of(&[1.0, 1.0, 1e4, 1e-3]);
+    let mut tensor = |scale: f32| source.repeat(shape.iter().product(), |s| s.small() * scale);
+    let (mut keys, mut values) = (tensor(size), tensor(size));
+
+    let cache = |policy, keys: &[f32], values: &[f32]| {
+        let (key, value) = (key.clone(), value.clone());
+        let mut cache = LayerCache::new(key, value, policy, batch, heads, (d, d)).expect("the codecs fit");
+        let [keys, values] = [keys, values].map(|x| TensorView::contiguous(x, shape).expect("it fits"));
+        cache.append(keys, values).expect("finite");
+        crate::inline(|| cache.compress()).expect("it can be coded");
+        cache
+    };
+    let packed = cache(policy, &keys, &values);
+    crate::inline(|| packed.read_keys(&mut keys, n).and_then(|()| packed.read_values(&mut values, n)))
+        .expect("it fits");
+    let never = Policy { compress_start_len: usize::MAX, ..policy };
+    let exact = cache(never, &keys, &values);
+
+    let group = 1 + source.below(3);
+    // Few queries go through the coefficient domain, many through tiles.
+    let most_queries = source.one_of(&[4, 4, 4, 60]);
+    let n_queries = (1 + source.below(most_queries)).min(n);
+    let q_shape = [batch, heads * group, n_queries, d];
+    let q_size = source.one_of(&[1.0, 0.1, 0.01]) / size;
+    let queries = source.repeat(q_shape.iter().product(), |s| s.small() * q_size);
+    let mask = source.any::<bool>().then(|| source.repeat(batch * n_queries * n, Source::any::<u8>));
+    let sink_scores = source.any::<bool>().then(|| source.repeat(heads * group, Source::small));
+    let softcap = source.any::<bool>().then(|| 1.0 + source.small().abs());
+    let scaling = 1.0 / (d as f32).sqrt();
+    let options =
+        AttentionOptions { scaling, mask: mask.as_deref(), softcap, sink_scores: sink_scores.as_deref() };
+
+    let attend = |cache: &LayerCache<f32>| {
+        let mut out = vec![f32::NAN; q_shape.iter().product()];
+        let view = TensorView::contiguous(&queries, q_shape).expect("it fits");
+        cache.attend(view, options, &mut out, 1).expect("it can attend");
+        out
+    };
+    let (given, expected) = (attend(&packed), attend(&exact));
+    let longest = |x: &[f32]| {
+        let norms = x.chunks_exact(d).map(|v| v.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt());
+        norms.fold(0.0, f64::max)
+    };
+    let score_error = SCORE_ERROR * f64::from(scaling) * longest(&queries) * longest(&keys);
+    // Every weight is off by a factor of e^±(2·error) at most.
+    let most = ((2.0 * score_error).exp_m1() + OUTPUT_ERROR) * longest(&values) + 1e-30;
+    for (given, expected) in given.iter().zip(&expected) {
+        assert!(f64::from(given - expected).abs() <= most, "{given} for {expected}, within {most}");
+    }
+}
