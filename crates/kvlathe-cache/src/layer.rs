@@ -231,10 +231,14 @@ impl<E: Element> LayerCache<E> {
             Ok((key?, value?))
         });
         let coded: Vec<_> = coded.collect::<Result<_>>()?;
-        for (row, ((key_blocks, n_keys), (value_blocks, n_values))) in self.rows.iter_mut().zip(coded) {
-            row.key.commit(key_blocks, n_keys);
-            row.value.commit(value_blocks, n_values);
-        }
+        self.rows.par_iter_mut().zip(coded).for_each(
+            |(row, ((key_blocks, n_keys), (value_blocks, n_values)))| {
+                rayon::join(
+                    || row.key.commit(key_blocks, n_keys),
+                    || row.value.commit(value_blocks, n_values),
+                );
+            },
+        );
         Ok(())
     }
 

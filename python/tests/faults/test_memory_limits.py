@@ -133,7 +133,7 @@ _KINDS = ["streams", "attached", "low rank", "exact", "user"]
 
 def _run(program: str, *arguments: str) -> Any:
     command = [sys.executable, "-c", program, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=_ENVIRONMENT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600, env=_ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -290,7 +290,7 @@ print(json.dumps({"outcomes": outcomes, "grown_kb": grown, "torch": "torch" in s
 def test_files_that_are_no_files(tmp_path: Path) -> None:
     """A pipe that nobody writes to, devices without end, sparse gigabytes, links to elsewhere."""
     command = [sys.executable, "-c", _SPECIAL, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert len(found["outcomes"]) >= 20 and not found["torch"]
