@@ -200,8 +200,16 @@ class CompressedDynamicCache(DynamicCache):
                 self._check_pass(layer_idx, current)
             expanded = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             if current is not None and isinstance(self.layers[layer_idx], CompressedLayer):
-                self._passes.note(current, layer_idx)
+                self._passes.note(current, layer_idx, self.layers[layer_idx].get_seq_length())
+            elif current is None:
+                self._passes.see(None)
         return expanded
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens held; see `DynamicCache`."""
+        n_tokens = super().get_seq_length(layer_idx)
+        self._passes.see(n_tokens)
+        return n_tokens
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Number of tokens, and position of the first of them, that `update` will return.
@@ -211,6 +219,7 @@ class CompressedDynamicCache(DynamicCache):
                 short and left the layers unlike.
         """
         # Models ask for this before their first layer runs.
+        self._passes.await_generation(self)
         compressed = [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
         # Some models leave layers out, always the same ones.
         held = [layer.held for layer in compressed if layer.get_seq_length()]
@@ -280,6 +289,7 @@ class CompressedDynamicCache(DynamicCache):
                         f"removed; copy the cache before tokens that may be removed, or reset() and start again"
                     )
             self._passes.end()
+            self._passes.see(None)
             for layer, n_tokens in zip(self.layers, removed, strict=True):
                 layer.crop(n_tokens)
 

@@ -6,6 +6,8 @@ layers hold different numbers of tokens, and a model that went on with them woul
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +17,9 @@ from typing import Any
 from .errors import CacheStateError
 
 _ADVICE = "give each thread a cache of its own (copy.deepcopy shares the packed blocks), or reset() this one"
+
+# How long another thread may take to leave `generate`: a streamer tells its reader of the end a little before.
+_PATIENCE_SECONDS = 0.3
 
 
 @dataclass
@@ -32,31 +37,76 @@ class Pass:
     updated: set[int] = field(default_factory=set)
 
 
+def _generates(thread: int, cache: Any) -> bool:
+    """Whether a thread is in transformers' `generate` with this cache."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__", "").startswith(
+            "transformers."
+        ):
+            given = frame.f_locals.get("kwargs", {}).get("past_key_values")
+            if getattr(given, "self_attention_cache", given) is cache:
+                return True
+        frame = frame.f_back
+    return False
+
+
 class Passes:
     """The passes through a cache, by thread, and who works on the cache right now.
 
-    Nothing here waits, so an exception at any point cannot leave a lock behind that nobody opens: whoever comes second
-    gets an error. What a dead pass has left stays with its own thread until `crop` or `reset`.
+    There is no lock that an exception at the wrong moment could leave closed: whoever comes second gets an error.
+    What a dead pass has left stays with its own thread until `crop` or `reset`.
     """
 
     def __init__(self) -> None:
         self._open: dict[int, Pass] = {}
+        # Whose pass was the last to begin.
+        self._latest = get_ident()
+        # What each thread takes the cache to hold: what it last saw there, or has left there itself.
+        self._seen: dict[int, int] = {}
         # At most one entry; `setdefault` is atomic.
         self._holder: dict[str, int] = {}
 
+    def see(self, n_tokens: int | None) -> None:
+        """This thread knows how many tokens the cache holds; None: it has to look again."""
+        if n_tokens is None:
+            self._seen.pop(get_ident(), None)
+        else:
+            self._seen[get_ident()] = n_tokens
+
+    def await_generation(self, cache: Any) -> None:
+        """Between two passes of another thread's `generate` all layers are alike, but the tokens are that thread's."""
+        until = time.monotonic() + _PATIENCE_SECONDS
+        while self._latest != get_ident() and _generates(self._latest, cache):
+            if time.monotonic() > until:
+                raise CacheStateError(
+                    f"a pass through the model while another thread generates with the same cache; {_ADVICE}"
+                )
+            time.sleep(_PATIENCE_SECONDS / 30)
+
     def begin(self, n_tokens: int, n_layers: int) -> None:
         """This thread's model has asked for its mask; what an earlier pass of the thread has left is forgotten."""
-        self._refuse_others("a pass")
+        self._refuse_others("a pass through the model")
+        seen = self._seen.get(get_ident(), n_tokens)
+        if seen != n_tokens:
+            # `generate` looks once, and then counts for itself.
+            self.see(None)
+            raise CacheStateError(
+                f"the cache holds {n_tokens} tokens, and {seen} when this thread last saw it: another thread uses the "
+                f"same cache; {_ADVICE}"
+            )
         self._open[get_ident()] = Pass(n_tokens, n_layers)
+        self._latest = get_ident()
 
     @property
     def current(self) -> Pass | None:
         """This thread's pass, if its model has asked for a mask."""
         return self._open.get(get_ident())
 
-    def note(self, current: Pass, layer: int) -> None:
-        """A layer has its new tokens; with the last one this thread's pass is over."""
+    def note(self, current: Pass, layer: int, n_tokens: int) -> None:
+        """A layer has its new tokens, and holds ``n_tokens``; with the last layer this thread's pass is over."""
         current.updated.add(layer)
+        self.see(n_tokens)
         if len(current.updated) >= current.n_layers:
             self.end()
 
@@ -93,8 +143,9 @@ class Passes:
             )
 
     def after_reset(self) -> Passes:
-        """What holds once the cache has been emptied: passes that other threads are in the middle of cannot go on."""
+        """What holds once the cache has been emptied: what other threads are in the middle of cannot go on."""
         fresh, thread = Passes(), get_ident()
+        fresh._seen = {owner: seen for owner, seen in list(self._seen.items()) if owner != thread}
         for owner, other in list(self._open.items()):
             if owner != thread and other.updated:
                 fresh._open[owner] = Pass(None, other.n_layers)
