@@ -234,7 +234,7 @@ class CompressedDynamicCache(DynamicCache):
                 f"empties the cache"
             )
         n_tokens = held[0][0] if held else 0
-        self._passes.begin(n_tokens, len(held) or len(compressed))
+        self._passes.begin(n_tokens, len(compressed))
         for layer in compressed:
             # Announced by a pass that did not come as far.
             layer.attends_next = False
@@ -262,7 +262,7 @@ class CompressedDynamicCache(DynamicCache):
         """Remove the newest tokens; zero or negative, as in transformers 5.
 
         Where an exception has ended a pass through the model early, its tokens go as well, from the layers that have
-        them: `crop(0)` removes nothing else.
+        them: `crop(0)` removes nothing else. Older tokens that such a pass has coded stay coded.
 
         Raises:
             ShapeError: a positive number.

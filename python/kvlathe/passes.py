@@ -28,7 +28,7 @@ class Pass:
 
     Attributes:
         n_tokens: what every layer held at that time; None once another thread has emptied the cache.
-        n_layers: how many layers it will update.
+        n_layers: how many layers it will update, if the model leaves none out.
         updated: layers that have their new tokens.
     """
 

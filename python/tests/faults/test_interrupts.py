@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from cache_helpers import compressed_cache, identity_cache, low_rank, model_of, tokens
-from kvlathe import CacheStateError, CompressedDynamicCache, attach
+from kvlathe import CacheStateError, CompressedDynamicCache, RollbackError, attach
 from tiny_models import tiny
 
 _NEW_TOKENS = 10
@@ -89,7 +90,12 @@ class _Interrupted:
             assert len(lengths) == 1
         except CacheStateError:
             self.n_told += 1
-            self.cache.crop(0)
+            try:
+                self.cache.crop(0)
+            except RollbackError as error:
+                # Windows have let go of what would be in sight again.
+                assert "reset()" in str(error)
+                return
             left = {layer.get_seq_length() for layer in self.cache.layers} - {0}
             assert len(left) <= 1
             if len(lengths) == 2 and 0 not in lengths:
@@ -152,9 +158,9 @@ def test_in_every_line_of_ours(kind: str) -> None:
     n_lines = counted(0)
     run.cache.reset()
     generator = random.Random(0)
-    for stop_at in sorted(generator.sample(range(1, n_lines + 1), 40)):
+    for stop_at in sorted(generator.sample(range(1, n_lines + 1), 30)):
         run.inject(lambda stop_at=stop_at: counted(stop_at))  # type: ignore[misc]
-    assert run.n_stopped == 40
+    assert run.n_stopped == 30
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
@@ -176,8 +182,11 @@ def test_by_a_signal_at_any_time(kind: str) -> None:
 
     before = signal.signal(signal.SIGVTALRM, raise_interrupt)
     try:
-        for _ in range(40):
-            run.inject(lambda: generate(generator.uniform(1e-4, 0.03)))
+        start = time.process_time()
+        run.generate(run.make())
+        whole = time.process_time() - start
+        for _ in range(30):
+            run.inject(lambda: generate(generator.uniform(1e-4, whole)))
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
