@@ -19,6 +19,7 @@ from ._native import version as _version
 from ._requirements import check_transformers
 from .errors import (
     BudgetError,
+    CacheStateError,
     CalibrationError,
     CorpusError,
     DeviceError,
@@ -26,7 +27,9 @@ from .errors import (
     KvlatheError,
     ModelError,
     NonFiniteError,
+    PicklingError,
     PresetError,
+    ResourceError,
     RollbackError,
     ShapeError,
     UnverifiedPresetWarning,
@@ -72,6 +75,7 @@ _LAZY = {
 
 __all__ = [
     "BudgetError",
+    "CacheStateError",
     "CalibrationError",
     "CalibrationOptions",
     "CompressedDynamicCache",
@@ -84,10 +88,12 @@ __all__ = [
     "KvlatheError",
     "ModelError",
     "NonFiniteError",
+    "PicklingError",
     "Preset",
     "PresetError",
     "Quality",
     "QuantizedCalibratedCompressor",
+    "ResourceError",
     "RollbackError",
     "ShapeError",
     "StreamSetCompressor",

@@ -82,6 +82,7 @@ class NativeLayer:
         queries: Tensor,
         out: Tensor,
         *,
+        n_tokens: int,
         mask: Tensor | None,
         scaling: float,
         softcap: float | None,

@@ -81,7 +81,14 @@ def _attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     layer: CompressedLayer | None = getattr(key, "kvlathe_layer", None)
     if layer is not None:
-        out = layer.attend(query, mask=attention_mask, scaling=scale, softcap=softcap, sink_scores=s_aux)
+        out = layer.attend(
+            query,
+            mask=attention_mask,
+            scaling=scale,
+            softcap=softcap,
+            sink_scores=s_aux,
+            n_tokens=key.shape[2],
+        )
         return out, None
     if softcap is None and s_aux is None:
         return sdpa_attention_forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Sequence
@@ -14,9 +15,18 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from ._native import StreamSetCodec
 from .compressors import IdentityCompressor, QuantizedCalibratedCompressor, StreamSetCompressor
-from .errors import DeviceError, ModelError, PresetError, RollbackError, ShapeError, UnverifiedPresetWarning
+from .errors import (
+    CacheStateError,
+    DeviceError,
+    ModelError,
+    PresetError,
+    RollbackError,
+    ShapeError,
+    UnverifiedPresetWarning,
+)
 from .layer import CompressedLayer
 from .layer_kinds import LayerKind, holds_recurrent_state, layer_kinds, tensor_bytes
+from .passes import Pass, Passes
 from .preset import Preset, Side
 from .stores import Policy
 from .window import WindowLayer
@@ -116,8 +126,7 @@ class CompressedDynamicCache(DynamicCache):
         self.layer_class_to_replicate = None
         self.compress_start_len = compress_start_len
         self.uncompressed_tail = uncompressed_tail
-        # Layers that a forward pass has updated so far; None between passes.
-        self._updated: set[int] | None = None
+        self._passes = Passes()
 
     @classmethod
     def from_preset(
@@ -178,56 +187,139 @@ class CompressedDynamicCache(DynamicCache):
         Raises:
             ShapeError: a layer beyond ``num_layers``: the cache was made for another model.
             ModelError: a model with cross-attention that was handed this cache for both of its attentions.
+            CacheStateError: another thread uses the cache as well.
         """
         if layer_idx >= len(self.layers):
             raise ShapeError(
                 f"the model has a layer {layer_idx}, this cache was made for {len(self.layers)} layers; "
                 f"pass num_layers=model.config.num_hidden_layers and a preset of this model"
             )
-        if self._updated is not None:
-            self._note_update(layer_idx, self._updated)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        with self._passes.alone("update()"):
+            current = self._passes.current
+            if current is not None:
+                self._check_pass(layer_idx, current)
+            expanded = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            if current is not None and isinstance(self.layers[layer_idx], CompressedLayer):
+                self._passes.note(current, layer_idx, self.layers[layer_idx].get_seq_length())
+            elif current is None:
+                self._passes.see(None)
+        return expanded
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens held; see `DynamicCache`."""
+        n_tokens = super().get_seq_length(layer_idx)
+        self._passes.see(n_tokens)
+        return n_tokens
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Number of tokens, and position of the first of them, that `update` will return."""
+        """Number of tokens, and position of the first of them, that `update` will return.
+
+        Raises:
+            CacheStateError: another thread is in the middle of a pass through the model, or an earlier pass was cut
+                short and left the layers unlike.
+        """
         # Models ask for this before their first layer runs.
-        self._updated = set()
+        self._passes.await_generation(self)
+        compressed = [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
+        # Some models leave layers out, always the same ones.
+        held = [layer.held for layer in compressed if layer.get_seq_length()]
+        if len(set(held)) > 1:
+            tokens, rows = ({states[at] for states in held} for at in range(2))
+            unlike = (
+                f"{min(tokens)} to {max(tokens)} tokens" if len(tokens) > 1 else f"batches of {sorted(rows)}"
+            )
+            raise CacheStateError(
+                f"layers of this cache hold {unlike}: a pass through the model, or another call, was cut short by an "
+                f"exception or mixed up with another thread's; crop(0) removes the tokens of such a pass, reset() "
+                f"empties the cache"
+            )
+        n_tokens = held[0][0] if held else 0
+        self._passes.begin(n_tokens, len(compressed))
+        for layer in compressed:
+            # Announced by a pass that did not come as far.
+            layer.attends_next = False
         return super().get_mask_sizes(query_length, layer_idx)
 
-    def _note_update(self, layer_idx: int, updated: set[int]) -> None:
-        if layer_idx in updated:
-            self._updated = None
+    def _check_pass(self, layer_idx: int, current: Pass) -> None:
+        """Refuse an update that is not the one which this thread's pass has come to."""
+        if layer_idx in current.updated:
+            self._passes.end()
             raise ModelError(
                 f"layer {layer_idx} updated this cache twice in one forward pass, as encoder-decoder models do, whose "
                 f"cross-attention needs a cache of its own: pass past_key_values=EncoderDecoderCache(cache, "
                 f"DynamicCache())"
             )
-        updated.add(layer_idx)
-        if layer_idx == len(self.layers) - 1:
-            self._updated = None
+        layer = self.layers[layer_idx]
+        if isinstance(layer, CompressedLayer) and layer.get_seq_length() != current.n_tokens:
+            held = "has been reset" if current.n_tokens is None else f"held {current.n_tokens}"
+            raise CacheStateError(
+                f"layer {layer_idx} holds {layer.get_seq_length()} tokens, but the cache {held} when this pass through "
+                f"the model began: another thread uses the same cache, or an earlier pass was cut short; give each "
+                f"thread a cache of its own, and reset() this one"
+            )
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens; zero or negative, as in transformers 5.
+
+        Where an exception has ended a pass through the model early, its tokens go as well, from the layers that have
+        them: `crop(0)` removes nothing else. Older tokens that such a pass has coded stay coded.
 
         Raises:
             ShapeError: a positive number.
             RollbackError: a sliding window that would lack tokens, or a recurrent state, which has no way back.
                 No layer has been changed.
+            CacheStateError: another thread uses the cache as well.
+            ResourceError: no memory for the rest of a block that is cut. Layers may have been cropped already; once
+                there is memory, crop(0) brings the others into line.
         """
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, CompressedLayer):
-                layer.check_crop(tokens_to_remove)
-            elif tokens_to_remove < 0 and holds_recurrent_state(layer):
-                raise RollbackError(
-                    f"crop({tokens_to_remove}): layer {index} keeps a recurrent state, from which no token can be "
-                    f"removed; copy the cache before tokens that may be removed, or reset() and start again"
-                )
-        super().crop(tokens_to_remove)
+        with self._passes.alone("crop()"):
+            lengths = [
+                layer.get_seq_length() if isinstance(layer, CompressedLayer) else None
+                for layer in self.layers
+            ]
+            shortest = min((n for n in lengths if n), default=0)
+            # Of each layer: also what a pass that was cut short has added to it.
+            removed = [tokens_to_remove - (n - shortest if n else 0) for n in lengths]
+            for index, layer in enumerate(self.layers):
+                if isinstance(layer, CompressedLayer):
+                    layer.check_crop(max(tokens_to_remove, removed[index]))
+                elif min(removed) < 0 and holds_recurrent_state(layer):
+                    raise RollbackError(
+                        f"crop({tokens_to_remove}): layer {index} keeps a recurrent state, from which no token can be "
+                        f"removed; copy the cache before tokens that may be removed, or reset() and start again"
+                    )
+            self._passes.end()
+            self._passes.see(None)
+            for layer, n_tokens in zip(self.layers, removed, strict=True):
+                layer.crop(n_tokens)
 
     def reset(self) -> None:
-        """Empty the cache, for a new sequence."""
-        self._updated = None
+        """Empty the cache, for a new sequence. Works in whatever state an exception has left the cache."""
+        self._passes = self._passes.after_reset()
         super().reset()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Replace the batch by these of its rows, in this order; see `DynamicCache`."""
+        with self._passes.alone("reorder_cache()"):
+            super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """As `reorder_cache`."""
+        with self._passes.alone("batch_select_indices()"):
+            super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch; see `DynamicCache`."""
+        with self._passes.alone("batch_repeat_interleave()"):
+            super().batch_repeat_interleave(repeats)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedDynamicCache:
+        with self._passes.alone("copy.deepcopy()"):
+            twin = object.__new__(type(self))
+            memo[id(self)] = twin
+            for name, value in self.__dict__.items():
+                twin.__dict__[name] = copy.deepcopy(value, memo)
+        return twin
 
     def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
         """Whether a layer of linear attention has a state; see `DynamicCache`.

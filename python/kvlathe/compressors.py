@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._native import LowRankCodec, StreamSetCodec
-from .errors import DeviceError, DtypeError, NonFiniteError, PresetError, ShapeError
+from .errors import DeviceError, DtypeError, NonFiniteError, PicklingError, PresetError, ShapeError
 from .torch_codec import TorchStreamCodec
 
 # Largest entry of |UᵀU - I| that passes for orthonormal; U may have been stored in float16.
@@ -128,11 +128,21 @@ class QuantizedCalibratedCompressor(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.expand(self.compress(x), x.dtype)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise _no_pickle(self)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedCalibratedCompressor:
         return self  # immutable
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, rank={self.rank}, bits={self.bits}"
+
+
+def _no_pickle(compressor: nn.Module) -> PicklingError:
+    return PicklingError(
+        f"a {type(compressor).__name__} cannot be pickled, as its tables lie in native memory; pickle the Preset that "
+        f"it comes from, or its path, and make the compressor again"
+    )
 
 
 def _check_shared_basis(u: Tensor, mean: Tensor) -> None:
@@ -226,6 +236,9 @@ class StreamSetCompressor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.expand(self.compress(x), dtype=x.dtype)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise _no_pickle(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamSetCompressor:
         return self  # immutable

@@ -31,6 +31,18 @@ class RollbackError(KvlatheError, RuntimeError):
     """Tokens cannot be removed from a cache, because what comes before them is no longer held."""
 
 
+class CacheStateError(KvlatheError, RuntimeError):
+    """Two threads use one cache at once, or a pass through the model was cut short and left the layers unlike."""
+
+
+class ResourceError(KvlatheError, MemoryError):
+    """The system gives no more memory, or no more threads; what was asked for has not been done."""
+
+
+class PicklingError(KvlatheError, TypeError):
+    """Something that lives in native memory cannot be pickled."""
+
+
 class CalibrationError(KvlatheError, RuntimeError):
     """Calibration cannot give a usable result."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from .errors import DeviceError, DtypeError, ShapeError
+from .errors import CacheStateError, DeviceError, DtypeError, PicklingError, ResourceError, ShapeError
 from .preset import Side
 from .stores import LayerStore, NativeStore, Policy, make_store
 
@@ -97,6 +97,7 @@ class CompressedLayer(DynamicLayer):
         Raises:
             ShapeError, DtypeError, DeviceError: tensors unlike those the layer holds; the layer is unchanged.
             NonFiniteError: NaN or infinity in what would be coded; the layer is unchanged.
+            ResourceError: no memory; the layer is unchanged.
         """
         self._check(key_states, value_states)
         fresh = not self.is_initialized
@@ -113,6 +114,7 @@ class CompressedLayer(DynamicLayer):
         # The first tokens of a sequence have nothing packed behind them: dense attention takes them as they come.
         if attends and store.can_attend and store.n_tokens:
             return self._update_for_attention(store, key_states, value_states)
+        mark = store.mark()
         try:
             if store.n_tokens:
                 keys, values = store.read(room=key_states.shape[2])
@@ -122,12 +124,20 @@ class CompressedLayer(DynamicLayer):
             else:
                 keys, values = key_states, value_states
             store.append(key_states, value_states)
-        except Exception:
+            if not self.record_past:
+                store.compress()
+        except Exception as error:
             if fresh:
                 self.reset()
+            else:
+                store.return_to(mark)
+            if "can't allocate memory" in str(error) and isinstance(error, RuntimeError):
+                # torch has no class of its own for the CPU's memory.
+                raise ResourceError(
+                    f"out of memory: torch could not expand {self.get_seq_length()} tokens of one layer; the layer is "
+                    f"as it was, so free memory and try again, or attach() the model, which expands nothing"
+                ) from error
             raise
-        if not self.record_past:
-            store.compress()
         return keys, values
 
     def _update_for_attention(
@@ -152,11 +162,30 @@ class CompressedLayer(DynamicLayer):
         scaling: float,
         softcap: float | None = None,
         sink_scores: Tensor | None = None,
+        n_tokens: int | None = None,
     ) -> Tensor:
-        """Attention from the packed blocks, for the stubs of the last `update`: [B, Hq, q, D] to [B, q, Hq, D]."""
+        """Attention from the packed blocks, for the stubs of the last `update`: [B, Hq, q, D] to [B, q, Hq, D].
+
+        Args:
+            n_tokens: as many as the stubs stand for, if the caller has them.
+
+        Raises:
+            CacheStateError: the layer holds another number: another thread has changed it since.
+        """
         store = self._store
-        assert isinstance(store, NativeStore)
-        out = store.attend(queries, mask=mask, scaling=scaling, softcap=softcap, sink_scores=sink_scores)
+        if not isinstance(store, NativeStore):
+            raise CacheStateError(
+                "this layer was reset between its update and its attention: another thread uses the same cache; give "
+                "each thread a cache of its own"
+            )
+        out = store.attend(
+            queries,
+            n_tokens=store.n_tokens if n_tokens is None else n_tokens,
+            mask=mask,
+            scaling=scaling,
+            softcap=softcap,
+            sink_scores=sink_scores,
+        )
         # Only now: the queries had to see the tail exactly. What a rollback may still remove waits.
         if not self.record_past:
             store.compress()
@@ -227,6 +256,12 @@ class CompressedLayer(DynamicLayer):
     def compressor(self, side: Side) -> nn.Module:
         """The compressor of the "key" or "value" side."""
         return self._k_compressor if side == "key" else self._v_compressor
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """Tokens, and sequences that have them."""
+        n_tokens = self.get_seq_length()
+        return n_tokens, self._store.batch if self._store and n_tokens else 0
 
     @property
     def n_coded(self) -> int:
@@ -304,6 +339,12 @@ class CompressedLayer(DynamicLayer):
 
     def prefetch(self) -> None:
         """Nothing to do; see `offload`."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise PicklingError(
+            "a compressed cache cannot be pickled, as its blocks lie in native memory; copy it within a process with "
+            "copy.deepcopy(cache), and in another process load the preset and run the tokens through the model there"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedLayer:
         twin = object.__new__(type(self))

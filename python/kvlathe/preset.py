@@ -86,9 +86,20 @@ class Preset:
         """
         self.native.check_model(config_json(config))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As the bytes of its file: reading them runs no code, which is more than can be said of other pickles.
+        return _from_bytes, (bytes(self.native.to_safetensors()),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Preset:
+        return self  # immutable
+
     def __repr__(self) -> str:
         kind = "seed-style " if self.is_seed_style else ""
         return f"<{kind}Preset of {self.meta['model']}: {self.n_layers} layers, {self.bits_per_value:.2f} bits a value>"
+
+
+def _from_bytes(content: bytes) -> Preset:
+    return Preset(NativePreset.from_bytes(content))
 
 
 def config_json(config: Any) -> str:

@@ -7,7 +7,8 @@ it in whole blocks, a crop into coded tokens puts the rest of their block back i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol
 
@@ -53,6 +54,10 @@ class LayerStore(Protocol):
     def select(self, rows: list[int]) -> None: ...
     def memory_use(self) -> tuple[int, int]: ...
     def copy(self) -> LayerStore: ...
+    def mark(self) -> Any:
+        """What `return_to` needs to undo the calls of `append` that follow, unless one of them was coded."""
+
+    def return_to(self, mark: Any) -> None: ...
 
 
 def make_store(
@@ -123,6 +128,7 @@ class NativeStore:
         self,
         queries: Tensor,
         *,
+        n_tokens: int,
         mask: Tensor | None,
         scaling: float,
         softcap: float | None = None,
@@ -131,6 +137,7 @@ class NativeStore:
         """Attention from the packed blocks: queries [B, Hq, q, D] to [B, q, Hq, D].
 
         Args:
+            n_tokens: as many as the caller has seen; with another number held it is refused.
             mask: bool [1 or B, 1, q, n_tokens], True = seen; None is causal, the last query at the last token.
         """
         batch, n_query_heads, n_queries, _ = queries.shape
@@ -138,6 +145,7 @@ class NativeStore:
         self._layer.attend(
             queries if queries.stride(-1) == 1 else queries.contiguous(),
             out,
+            n_tokens=n_tokens,
             mask=None if mask is None else mask[:, 0].contiguous().view(torch.uint8),
             scaling=scaling,
             softcap=softcap,
@@ -160,6 +168,13 @@ class NativeStore:
         twin.__dict__.update(self.__dict__)
         twin._layer = self._layer.copy()
         return twin
+
+    def mark(self) -> int:
+        return self.n_tokens
+
+    def return_to(self, mark: int) -> None:
+        # What was appended is still in the tail, as no call codes a part of what is due: nothing is lost with it.
+        self._layer.crop(self.n_tokens - mark)
 
 
 class TorchStore:
@@ -196,29 +211,40 @@ class TorchStore:
         for side, tensor, name in zip(self._sides, (keys, values), ("keys", "values"), strict=True):
             if side.is_coded and not bool((tensor.abs() <= MAX_MAGNITUDE).all()):
                 raise NonFiniteError(f"{name} hold NaN, infinity or a magnitude above {MAX_MAGNITUDE:g}")
-        for side, tensor in zip(self._sides, (keys, values), strict=True):
-            side.append(tensor.detach())
+        with self._both_or_none() as sides:
+            for side, tensor in zip(sides, (keys, values), strict=True):
+                side.append(tensor.detach())
+
+    @contextmanager
+    def _both_or_none(self) -> Iterator[list[_Side]]:
+        """Copies of both sides to be changed, which take their places if nothing goes wrong."""
+        sides = [side.copy() for side in self._sides]
+        yield sides
+        self._sides = sides
 
     def compress(self) -> None:
         if self.n_tokens <= self._policy.compress_start_len:
             return
-        for side in self._sides:
-            spare = side.tail.shape[2] - self._policy.n_tail
-            if side.is_coded and spare >= self._granularity:
-                side.code(spare // self._granularity * self._granularity)
+        with self._both_or_none() as sides:
+            for side in sides:
+                spare = side.tail.shape[2] - self._policy.n_tail
+                if side.is_coded and spare >= self._granularity:
+                    side.code(spare // self._granularity * self._granularity)
 
     def read(self, room: int = 0) -> tuple[Tensor, Tensor]:
         keys, values = (side.read(room) for side in self._sides)
         return keys, values
 
     def crop(self, n_tokens: int) -> None:
-        for side in self._sides:
-            side.crop(n_tokens)
+        with self._both_or_none() as sides:
+            for side in sides:
+                side.crop(n_tokens)
 
     def select(self, rows: list[int]) -> None:
         index = torch.tensor(rows, dtype=torch.long, device=self._sides[0].tail.device)
-        for side in self._sides:
-            side.select(index)
+        with self._both_or_none() as sides:
+            for side in sides:
+                side.select(index)
 
     def memory_use(self) -> tuple[int, int]:
         exact = sum(_bytes_of(t) for side in self._sides for t in (side.sinks, side.tail))
@@ -231,6 +257,12 @@ class TorchStore:
         # Tensors are replaced, never written to, so copies may share them.
         twin._sides = [side.copy() for side in self._sides]
         return twin
+
+    def mark(self) -> list[_Side]:
+        return self._sides
+
+    def return_to(self, mark: list[_Side]) -> None:
+        self._sides = mark
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,17 @@ class Verdict:
         return self.point.within
 
 
+def _promised(measured: dict[str, Any], name: str) -> float | None:
+    value = measured.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise PresetError(
+            f"the preset promises {name} = {value!r}, expected a number above 0; give it yourself"
+        )
+    return float(value)
+
+
 def verify(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -68,14 +79,18 @@ def verify(
         )
     measured = preset.meta["kvlathe"]["measured"] or {}
     if target_ppl_delta is None and target_kld is None:
-        target_ppl_delta, target_kld = measured.get("target_ppl_delta"), measured.get("target_kld")
+        target_ppl_delta, target_kld = (
+            _promised(measured, name) for name in ("target_ppl_delta", "target_kld")
+        )
         if target_ppl_delta is None and target_kld is None:
             raise PresetError(
                 "the preset promises nothing (it was not tuned, or set to another rate since); give target_ppl_delta "
                 "or target_kld to hold it to"
             )
     calibration = preset.meta["kvlathe"]["calibration"]
-    tail = int(measured.get("tail", calibration.get("tail", CalibrationOptions.tail)))
+    tail = measured.get("tail", calibration.get("tail", CalibrationOptions.tail))
+    if not isinstance(tail, int) or isinstance(tail, bool) or tail < 0:
+        raise PresetError(f"the preset was measured with a tail of {tail!r}, expected a number of tokens")
     options = TuneOptions(
         target_ppl_delta=target_ppl_delta, target_kld=target_kld, window=window, confidence=confidence
     )

@@ -46,8 +46,9 @@ class WindowStore(TorchStore):
 
     def forget(self) -> None:
         """Drop what no later query can see."""
-        for side in self._sides:
-            side.forget_before(self.n_tokens - self._n_past)
+        with self._both_or_none() as sides:
+            for side in sides:
+                side.forget_before(self.n_tokens - self._n_past)
 
     def read(self, room: int = 0) -> tuple[Tensor, Tensor]:
         """The visible past, [B, H, min(n_tokens, sliding_window - 1) + room, D]."""

@@ -284,6 +284,10 @@ impl LowRankCodec {
 }
 
 /// Runs `work` in the library's threads without the GIL.
-pub(crate) fn in_pool<R: Send>(py: Python<'_>, n_threads: usize, work: impl FnOnce() -> R + Send) -> R {
-    py.detach(|| with_threads(n_threads, work))
+pub(crate) fn in_pool<R: Send>(
+    py: Python<'_>,
+    n_threads: usize,
+    work: impl FnOnce() -> R + Send,
+) -> PyResult<R> {
+    py.detach(|| with_threads(n_threads, work)).map_err(to_python)
 }

@@ -28,9 +28,11 @@ pub(crate) fn to_python(error: impl Into<Error>) -> PyErr {
         | Error::Cache(CacheError::Codec(inner))
         | Error::Calib(CalibError::Codec(inner)) => match inner {
             CodecError::BadActivation { .. } | CodecError::NonFiniteParameter { .. } => "NonFiniteError",
+            CodecError::OutOfMemory { .. } => "ResourceError",
             CodecError::Range { .. } | CodecError::Length { .. } => "ShapeError",
             _ => "PresetError",
         },
+        Error::Cache(CacheError::Threads { .. }) => "ResourceError",
         Error::Cache(_) => "ShapeError",
         Error::Calib(CalibError::NonFinite { .. }) => "NonFiniteError",
         Error::Calib(CalibError::Length { .. } | CalibError::Index { .. }) => "ShapeError",

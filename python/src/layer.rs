@@ -1,22 +1,24 @@
 //! One layer's cache as a Python object.
 
+use std::sync::RwLock;
+
 use half::{bf16, f16};
-use kvlathe::cache::{AttentionOptions, Coding, LayerCache, Policy};
+use kvlathe::cache::{AttentionOptions, CacheError, Coding, LayerCache, Policy, with_threads};
+use kvlathe::codec::Element;
 use pyo3::prelude::*;
 
-use crate::codec::{LowRankCodec, StreamSetCodec, in_pool};
+use crate::codec::{LowRankCodec, StreamSetCodec};
 use crate::error::{exception, to_python};
 use crate::tensor::{Dtype, RawTensor};
 
 /// A layer's cache in the model's number format.
-#[derive(Clone)]
 enum AnyLayer {
-    F32(LayerCache<f32>),
-    Bf16(LayerCache<bf16>),
-    F16(LayerCache<f16>),
+    F32(RwLock<LayerCache<f32>>),
+    Bf16(RwLock<LayerCache<bf16>>),
+    F16(RwLock<LayerCache<f16>>),
 }
 
-/// Runs `$body` with `$layer` bound to the typed cache and `$element` to its element type.
+/// Runs `$body` with `$layer` bound to the lock of the typed cache and `$element` to its element type.
 macro_rules! with_layer {
     ($any:expr, $layer:ident, $element:ident => $body:expr) => {
         match $any {
@@ -39,11 +41,50 @@ macro_rules! with_layer {
     };
 }
 
-/// Sinks, packed blocks and tail of one layer. Calls from two threads at once raise, they never interleave.
-#[pyclass(module = "kvlathe._native")]
+/// Sinks, packed blocks and tail of one layer. Calls from several threads wait for one another.
+#[pyclass(frozen, module = "kvlathe._native")]
 pub(crate) struct NativeLayer {
     layer: AnyLayer,
     dtype: Dtype,
+}
+
+/// A call has panicked while it changed the layer.
+fn poisoned() -> PyErr {
+    let message = "an earlier call on this cache broke off in the middle; call reset(), and please report it";
+    exception("CacheStateError", message.into())
+}
+
+/// Looks at a layer. A lock that is taken is waited for without the GIL.
+fn look<E: Element, R: Send>(
+    py: Python<'_>,
+    layer: &RwLock<LayerCache<E>>,
+    look: impl FnOnce(&LayerCache<E>) -> R + Send,
+) -> PyResult<R> {
+    // Mostly free, and then not worth letting the GIL go for a number.
+    if let Ok(layer) = layer.try_read() {
+        return Ok(look(&layer));
+    }
+    py.detach(|| layer.read().ok().map(|layer| look(&layer))).ok_or_else(poisoned)
+}
+
+/// Reads from a layer without the GIL.
+fn read<E: Element>(
+    py: Python<'_>,
+    layer: &RwLock<LayerCache<E>>,
+    read: impl FnOnce(&LayerCache<E>) -> Result<(), CacheError> + Send,
+) -> PyResult<()> {
+    let done = py.detach(|| layer.read().ok().map(|layer| read(&layer)));
+    done.ok_or_else(poisoned)?.map_err(to_python)
+}
+
+/// Changes a layer without the GIL.
+fn change<E: Element>(
+    py: Python<'_>,
+    layer: &RwLock<LayerCache<E>>,
+    change: impl FnOnce(&mut LayerCache<E>) -> Result<(), CacheError> + Send,
+) -> PyResult<()> {
+    let done = py.detach(|| layer.write().ok().map(|mut layer| change(&mut layer)));
+    done.ok_or_else(poisoned)?.map_err(to_python)
 }
 
 fn coding(codec: &Bound<'_, PyAny>) -> PyResult<Coding> {
@@ -93,51 +134,57 @@ impl NativeLayer {
         let (key, value) = (coding(key)?, coding(value)?);
         let policy = Policy { n_sinks, compress_start_len, n_tail };
         let dtype = Dtype::from_name(dtype)?;
+        macro_rules! new {
+            ($variant:ident) => {
+                LayerCache::new(key, value, policy, batch, n_heads, dims)
+                    .map(|layer| AnyLayer::$variant(RwLock::new(layer)))
+            };
+        }
         let layer = match dtype {
-            Dtype::F32 => LayerCache::new(key, value, policy, batch, n_heads, dims).map(AnyLayer::F32),
-            Dtype::Bf16 => LayerCache::new(key, value, policy, batch, n_heads, dims).map(AnyLayer::Bf16),
-            Dtype::F16 => LayerCache::new(key, value, policy, batch, n_heads, dims).map(AnyLayer::F16),
+            Dtype::F32 => new!(F32),
+            Dtype::Bf16 => new!(Bf16),
+            Dtype::F16 => new!(F16),
         };
         Ok(Self { layer: layer.map_err(to_python)?, dtype })
     }
 
     /// Sequences.
     #[getter]
-    fn batch(&self) -> usize {
-        with_layer!(&self.layer, layer, E => layer.batch())
+    fn batch(&self, py: Python<'_>) -> PyResult<usize> {
+        with_layer!(&self.layer, layer, E => look(py, layer, LayerCache::batch))
     }
 
     /// Tokens of each sequence.
     #[getter]
-    fn n_tokens(&self) -> usize {
-        with_layer!(&self.layer, layer, E => layer.n_tokens())
+    fn n_tokens(&self, py: Python<'_>) -> PyResult<usize> {
+        with_layer!(&self.layer, layer, E => look(py, layer, LayerCache::n_tokens))
     }
 
     /// Tokens held in coded form.
     #[getter]
-    fn n_coded(&self) -> usize {
-        with_layer!(&self.layer, layer, E => layer.n_coded())
+    fn n_coded(&self, py: Python<'_>) -> PyResult<usize> {
+        with_layer!(&self.layer, layer, E => look(py, layer, LayerCache::n_coded))
     }
 
     /// Appends `[batch, heads, tokens, head_dim]` keys and values.
-    fn append(&mut self, py: Python<'_>, keys: &Bound<'_, PyAny>, values: &Bound<'_, PyAny>) -> PyResult<()> {
+    fn append(&self, py: Python<'_>, keys: &Bound<'_, PyAny>, values: &Bound<'_, PyAny>) -> PyResult<()> {
         let (keys, values) = (self.tensor(keys, "keys")?, self.tensor(values, "values")?);
-        with_layer!(&mut self.layer, layer, E => {
+        with_layer!(&self.layer, layer, E => {
             // SAFETY: dtypes were checked; both tensors are arguments of this call and so alive until it returns.
             let (keys, values) = unsafe { (keys.view::<E>()?, values.view::<E>()?) };
             // A copy: waking other threads would take longer.
-            py.detach(|| layer.append(keys, values)).map_err(to_python)
+            change(py, layer, |layer| layer.append(keys, values))
         })
     }
 
     /// Codes the whole blocks that have left the tail.
-    fn compress(&mut self, py: Python<'_>, n_threads: usize) -> PyResult<()> {
-        with_layer!(&mut self.layer, layer, E => {
+    fn compress(&self, py: Python<'_>, n_threads: usize) -> PyResult<()> {
+        with_layer!(&self.layer, layer, E => {
             // Most steps have nothing to code: not worth waking threads.
-            if !layer.is_due() {
+            if !look(py, layer, LayerCache::is_due)? {
                 return Ok(());
             }
-            in_pool(py, n_threads, || layer.compress()).map_err(to_python)
+            change(py, layer, |layer| with_threads(n_threads, || layer.compress())?)
         })
     }
 
@@ -154,29 +201,32 @@ impl NativeLayer {
         with_layer!(&self.layer, layer, E => {
             // SAFETY: as in `append`; the caller made both tensors for this call, nothing else refers to them yet.
             let (keys, values) = unsafe { (keys.slice_mut::<E>("keys")?, values.slice_mut::<E>("values")?) };
-            in_pool(py, n_threads, || {
-                layer.read_keys(keys, key_tokens).and_then(|()| layer.read_values(values, value_tokens))
+            read(py, layer, |layer| {
+                with_threads(n_threads, || {
+                    layer.read_keys(keys, key_tokens).and_then(|()| layer.read_values(values, value_tokens))
+                })?
             })
-            .map_err(to_python)
         })
     }
 
     /// Whether `attend` can serve this layer.
     #[getter]
-    fn can_attend(&self) -> bool {
-        with_layer!(&self.layer, layer, E => layer.can_attend())
+    fn can_attend(&self, py: Python<'_>) -> PyResult<bool> {
+        with_layer!(&self.layer, layer, E => look(py, layer, LayerCache::can_attend))
     }
 
     /// Attention of `[batch, query heads, q, head_dim]` queries over all tokens, straight from the blocks, into the
     /// contiguous `out` `[batch, q, query heads, head_dim]`. `mask` is uint8 `[1 or batch, q, n_tokens]`, nonzero =
-    /// seen; without it attention is causal, the last query at the last token.
-    #[pyo3(signature = (queries, out, *, mask, scaling, softcap, sink_scores, n_threads))]
+    /// seen; without it attention is causal, the last query at the last token. Refuses to, if the layer does not hold
+    /// `n_tokens`: somebody else has changed it since the caller's tokens came in.
+    #[pyo3(signature = (queries, out, *, n_tokens, mask, scaling, softcap, sink_scores, n_threads))]
     #[expect(clippy::too_many_arguments, reason = "keyword-only in Python")]
     fn attend(
         &self,
         py: Python<'_>,
         queries: &Bound<'_, PyAny>,
         out: &Bound<'_, PyAny>,
+        n_tokens: usize,
         mask: Option<&Bound<'_, PyAny>>,
         scaling: f32,
         softcap: Option<f32>,
@@ -197,28 +247,49 @@ impl NativeLayer {
         with_layer!(&self.layer, layer, E => {
             // SAFETY: as in `append` and `read`.
             let (queries, out) = unsafe { (queries.view::<E>()?, out.slice_mut::<E>("the attention output")?) };
-            py.detach(|| layer.attend(queries, options, out, n_threads)).map_err(to_python)
+            let mut held = n_tokens;
+            read(py, layer, |layer| {
+                held = layer.n_tokens();
+                if held == n_tokens { layer.attend(queries, options, out, n_threads) } else { Ok(()) }
+            })?;
+            if held == n_tokens {
+                return Ok(());
+            }
+            let message = format!(
+                "this layer holds {held} tokens, {n_tokens} when the attention call began: another thread uses the same cache; give each thread a cache of its own"
+            );
+            Err(exception("CacheStateError", message))
         })
     }
 
     /// Removes the newest tokens.
-    fn crop(&mut self, n_tokens: usize) -> PyResult<()> {
-        with_layer!(&mut self.layer, layer, E => layer.crop(n_tokens).map_err(to_python))
+    fn crop(&self, py: Python<'_>, n_tokens: usize) -> PyResult<()> {
+        with_layer!(&self.layer, layer, E => change(py, layer, |layer| layer.crop(n_tokens)))
     }
 
     /// Replaces the batch by these rows, in this order.
-    fn select(&mut self, rows: Vec<usize>) -> PyResult<()> {
-        with_layer!(&mut self.layer, layer, E => layer.select(&rows).map_err(to_python))
+    fn select(&self, py: Python<'_>, rows: Vec<usize>) -> PyResult<()> {
+        with_layer!(&self.layer, layer, E => change(py, layer, |layer| layer.select(&rows)))
     }
 
     /// Bytes held: (exact, coded).
-    fn memory_use(&self) -> (usize, usize) {
-        let memory = with_layer!(&self.layer, layer, E => layer.memory_use());
-        (memory.exact_bytes, memory.coded_bytes)
+    fn memory_use(&self, py: Python<'_>) -> PyResult<(usize, usize)> {
+        let memory = with_layer!(&self.layer, layer, E => look(py, layer, LayerCache::memory_use))?;
+        Ok((memory.exact_bytes, memory.coded_bytes))
     }
 
     /// A copy that shares the packed blocks.
-    fn copy(&self) -> Self {
-        Self { layer: self.layer.clone(), dtype: self.dtype }
+    fn copy(&self, py: Python<'_>) -> PyResult<Self> {
+        macro_rules! copied {
+            ($layer:ident, $variant:ident) => {
+                look(py, $layer, LayerCache::try_clone)?.map(|twin| AnyLayer::$variant(RwLock::new(twin)))
+            };
+        }
+        let layer = match &self.layer {
+            AnyLayer::F32(layer) => copied!(layer, F32),
+            AnyLayer::Bf16(layer) => copied!(layer, Bf16),
+            AnyLayer::F16(layer) => copied!(layer, F16),
+        };
+        Ok(Self { layer: layer.map_err(to_python)?, dtype: self.dtype })
     }
 }

@@ -89,7 +89,7 @@ impl Moments {
             gradients: gradients.as_ref().map(|g| float32(g, "gradients")).transpose()?,
         };
         let moments = &mut self.0;
-        in_pool(py, n_threads, || moments.add(window)).map_err(to_python)
+        in_pool(py, n_threads, || moments.add(window))?.map_err(to_python)
     }
 
     /// Adds `[n_kv_heads, group · n_tokens, head_dim]` float32 queries of one layer.
@@ -125,7 +125,7 @@ impl Moments {
         let designs = in_pool(py, n_threads, || match &output_gram {
             None => self.0.design(&options, shared_rank),
             Some(gram) => self.0.design_without_gradients(&options, shared_rank, gram, score_scale),
-        })
+        })?
         .map_err(to_python)?;
         kvlathe::preset_from_design(meta, self.0.shape(), designs).map(Preset).map_err(to_python)
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytemuck::Zeroable;
-use kvlathe_codec::{Element, Isa, Scratch, StreamSet};
+use kvlathe_codec::{Element, Isa, Scratch, StreamSet, memory};
 
 use crate::error::Result;
 use crate::exact::ExactRun;
@@ -26,7 +26,8 @@ impl Block {
         isa: Isa,
         scratch: &mut Scratch,
     ) -> Result<Arc<Self>> {
-        let mut lines = vec![Line::zeroed(); set.block_bytes().div_ceil(64)].into_boxed_slice();
+        let n_lines = set.block_bytes().div_ceil(64);
+        let mut lines = memory::filled(n_lines, Line::zeroed(), "a packed block")?.into_boxed_slice();
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut lines);
         let frame = set.frame(position);
         let turn_back = frame.as_ref().map(|(back, _)| back);

@@ -60,6 +60,16 @@ pub enum CacheError {
         "this layer cannot attend from its blocks: both sides must be coded by the calibrated codec, with a head_dim that eight divides; read() its tokens instead"
     )]
     NotFused,
+    /// The system starts no more threads.
+    #[error(
+        "cannot start {n_threads} threads ({reason}); the cache is as it was, so raise the process's limits or ask for fewer threads and try again"
+    )]
+    Threads {
+        /// How many were asked for.
+        n_threads: usize,
+        /// What the system said.
+        reason: String,
+    },
     /// The codec refused.
     #[error(transparent)]
     Codec(#[from] CodecError),

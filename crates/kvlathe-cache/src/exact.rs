@@ -1,11 +1,12 @@
 //! Tokens kept bit for bit in the model's number format: sinks, tail, and whole sides that are not compressed.
 
-use kvlathe_codec::{Element, Tokens};
+use kvlathe_codec::{Element, Tokens, memory};
 
+use crate::error::Result;
 use crate::view::TensorView;
 
 /// A run of consecutive tokens of one batch row, `[heads][tokens, head_dim]`.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) struct ExactRun<E> {
     heads: Vec<Vec<E>>,
     head_dim: usize,
@@ -14,6 +15,18 @@ pub(crate) struct ExactRun<E> {
 impl<E: Element> ExactRun<E> {
     pub(crate) fn new(n_heads: usize, head_dim: usize) -> Self {
         Self { heads: vec![Vec::new(); n_heads], head_dim }
+    }
+
+    /// Decoded tokens, `[heads][tokens, head_dim]`.
+    pub(crate) fn from_decoded(heads: Vec<Vec<E>>, head_dim: usize) -> Self {
+        Self { heads, head_dim }
+    }
+
+    /// A copy, with the room it needs and no more.
+    pub(crate) fn try_clone(&self) -> Result<Self> {
+        let heads = self.heads.iter().map(|run| memory::copied(run, "exact tokens"));
+        let heads = heads.collect::<std::result::Result<_, _>>()?;
+        Ok(Self { heads, head_dim: self.head_dim })
     }
 
     pub(crate) fn n_tokens(&self) -> usize {
@@ -30,31 +43,38 @@ impl<E: Element> ExactRun<E> {
         Tokens { data: &self.heads[head][token * self.head_dim..], token_stride: self.head_dim }
     }
 
-    /// Appends tokens `range` of one row of a tensor.
+    /// Makes room for `n_tokens` more.
+    pub(crate) fn reserve(&mut self, n_tokens: usize) -> Result<()> {
+        let more = n_tokens.saturating_mul(self.head_dim);
+        for run in &mut self.heads {
+            if run.capacity() - run.len() < more {
+                // An eighth of headroom: amortised growth without doubling the memory.
+                memory::reserve(run, more.max(run.len() / 8), "new tokens")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Appends tokens `range` of one row of a tensor, for which there is room.
     pub(crate) fn append(&mut self, view: &TensorView<'_, E>, row: usize, range: std::ops::Range<usize>) {
         for (head, run) in self.heads.iter_mut().enumerate() {
-            let more = range.len() * self.head_dim;
-            if run.capacity() < run.len() + more {
-                // An eighth of headroom: amortised growth without doubling the memory.
-                run.reserve_exact(more.max(run.len() / 8));
-            }
             for token in range.clone() {
                 run.extend_from_slice(view.token(row, head, token));
             }
         }
     }
 
-    /// Puts decoded tokens, `[heads][tokens, head_dim]`, before the others.
-    pub(crate) fn prepend(&mut self, decoded: &[Vec<E>]) {
-        for (run, front) in self.heads.iter_mut().zip(decoded) {
-            run.splice(0..0, front.iter().copied());
-        }
-    }
-
     pub(crate) fn drop_front(&mut self, n_tokens: usize) {
         for run in &mut self.heads {
             run.drain(..n_tokens * self.head_dim);
-            // After a long prompt has been packed, its exact copy must not linger as capacity.
+        }
+        // After a long prompt has been packed, its exact copy must not linger as capacity.
+        self.trim();
+    }
+
+    /// Gives back room far beyond what is held.
+    pub(crate) fn trim(&mut self) {
+        for run in &mut self.heads {
             if run.capacity() > run.len() + 128 * self.head_dim {
                 run.shrink_to(run.len() + 32 * self.head_dim);
             }

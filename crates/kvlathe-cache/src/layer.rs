@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use kvlathe_codec::{Element, StreamSet};
+use kvlathe_codec::{Element, StreamSet, memory};
 use rayon::prelude::*;
 
 use crate::error::{CacheError, Result};
@@ -30,14 +30,18 @@ pub struct MemoryUse {
 }
 
 /// Keys and values.
-#[derive(Clone)]
 struct Row<E> {
     key: SideRow<E>,
     value: SideRow<E>,
 }
 
+impl<E: Element> Row<E> {
+    fn try_clone(&self) -> Result<Self> {
+        Ok(Self { key: self.key.try_clone()?, value: self.value.try_clone()? })
+    }
+}
+
 /// Keys and values of one layer for a batch of sequences of equal length (padding included).
-#[derive(Clone)]
 pub struct LayerCache<E> {
     key: Coding,
     value: Coding,
@@ -76,11 +80,35 @@ impl<E: Element> LayerCache<E> {
                 expected: 1,
             });
         }
-        let row = Row {
+        let mut rows = memory::room(batch, "rows")?;
+        rows.resize_with(batch, || Row {
             key: SideRow::new(&key, n_heads, key_dim),
             value: SideRow::new(&value, n_heads, value_dim),
-        };
-        Ok(Self { key, value, policy, rows: vec![row; batch], n_heads, key_dim, value_dim, n_tokens: 0 })
+        });
+        Ok(Self { key, value, policy, rows, n_heads, key_dim, value_dim, n_tokens: 0 })
+    }
+
+    /// A copy that shares the packed blocks.
+    ///
+    /// # Errors
+    /// No memory for the exact tokens.
+    pub fn try_clone(&self) -> Result<Self> {
+        let every_row: Vec<usize> = (0..self.batch()).collect();
+        Ok(Self {
+            key: self.key.clone(),
+            value: self.value.clone(),
+            rows: self.selected(&every_row)?,
+            ..*self
+        })
+    }
+
+    /// Copies of rows that exist.
+    fn selected(&self, rows: &[usize]) -> Result<Vec<Row<E>>> {
+        let mut selected = memory::room(rows.len(), "rows")?;
+        for &row in rows {
+            selected.push(self.rows[row].try_clone()?);
+        }
+        Ok(selected)
     }
 
     /// Sequences.
@@ -124,7 +152,7 @@ impl<E: Element> LayerCache<E> {
     ///
     /// # Errors
     /// Another batch size, heads or head_dim than the cache's, keys and values of different length, NaN or infinity
-    /// on a side that is coded. The cache is unchanged then.
+    /// on a side that is coded, no memory. The cache is unchanged then.
     pub fn append(&mut self, keys: TensorView<'_, E>, values: TensorView<'_, E>) -> Result<()> {
         for (view, dim, what) in [
             (&keys, self.key_dim, "head_dim of the keys"),
@@ -147,12 +175,26 @@ impl<E: Element> LayerCache<E> {
         }
         self.key.check_values(&keys, "keys")?;
         self.value.check_values(&values, "values")?;
+        self.reserve(keys.n_tokens())?;
         for (at, row) in self.rows.iter_mut().enumerate() {
             row.key.append(&keys, at, self.policy.n_sinks);
             row.value.append(&values, at, self.policy.n_sinks);
         }
         self.n_tokens += keys.n_tokens();
         Ok(())
+    }
+
+    /// Makes room for `n_tokens` in every row, or in none.
+    fn reserve(&mut self, n_tokens: usize) -> Result<()> {
+        let n_sinks = self.policy.n_sinks;
+        let made = self.rows.iter_mut().try_for_each(|row| {
+            row.key.reserve(n_tokens, n_sinks)?;
+            row.value.reserve(n_tokens, n_sinks)
+        });
+        if made.is_err() {
+            self.rows.iter_mut().flat_map(|row| [&mut row.key, &mut row.value]).for_each(SideRow::trim);
+        }
+        made
     }
 
     /// Whether [`LayerCache::compress`] would code anything: a look, without work.
@@ -172,21 +214,32 @@ impl<E: Element> LayerCache<E> {
     /// Codes every whole block that has left the tail.
     ///
     /// # Errors
-    /// What the codec refuses; tokens that were not coded stay exact.
+    /// What the codec refuses, no memory. All tokens stay exact then.
     pub fn compress(&mut self) -> Result<()> {
         if !self.is_due() {
             return Ok(());
         }
         let policy = self.policy;
         let granularity = self.granularity();
-        let code = |side: &mut SideRow<E>| match due_tokens(side, policy, granularity) {
-            0 => Ok(()),
-            n_tokens => side.code(n_tokens),
+        // Nothing leaves the tail before every side has been coded: an error must find all sides alike.
+        let encode = |side: &mut SideRow<E>| {
+            let n_tokens = due_tokens(side, policy, granularity);
+            side.encode(n_tokens).map(|blocks| (blocks, n_tokens))
         };
-        self.rows.par_iter_mut().try_for_each(|row| {
-            let (key, value) = rayon::join(|| code(&mut row.key), || code(&mut row.value));
-            key.and(value)
-        })
+        let coded = self.rows.par_iter_mut().map(|row| {
+            let (key, value) = rayon::join(|| encode(&mut row.key), || encode(&mut row.value));
+            Ok((key?, value?))
+        });
+        let coded: Vec<_> = coded.collect::<Result<_>>()?;
+        self.rows.par_iter_mut().zip(coded).for_each(
+            |(row, ((key_blocks, n_keys), (value_blocks, n_values)))| {
+                rayon::join(
+                    || row.key.commit(key_blocks, n_keys),
+                    || row.value.commit(value_blocks, n_values),
+                );
+            },
+        );
+        Ok(())
     }
 
     /// Writes all keys to the first tokens of `out`, `[batch, heads, out_tokens, head_dim]` contiguous.
@@ -230,14 +283,18 @@ impl<E: Element> LayerCache<E> {
     /// decoded values in the tail.
     ///
     /// # Errors
-    /// More tokens than there are.
+    /// More tokens than there are, no memory for the rest of a block. The cache is unchanged then.
     pub fn crop(&mut self, n_tokens: usize) -> Result<()> {
         if n_tokens > self.n_tokens {
             return Err(CacheError::Crop { given: n_tokens, held: self.n_tokens });
         }
-        for row in &mut self.rows {
-            row.key.crop(n_tokens)?;
-            row.value.crop(n_tokens)?;
+        let mut cuts = memory::room(self.batch(), "rows")?;
+        for row in &self.rows {
+            cuts.push((row.key.cut(n_tokens)?, row.value.cut(n_tokens)?));
+        }
+        for (row, (key, value)) in self.rows.iter_mut().zip(cuts) {
+            row.key.crop(n_tokens, key);
+            row.value.crop(n_tokens, value);
         }
         self.n_tokens -= n_tokens;
         Ok(())
@@ -246,7 +303,7 @@ impl<E: Element> LayerCache<E> {
     /// Replaces the batch by the given rows, in that order; rows may repeat (beams) or be left out. Blocks are shared.
     ///
     /// # Errors
-    /// A row that does not exist, or none at all.
+    /// A row that does not exist, or none at all; no memory. The cache is unchanged then.
     pub fn select(&mut self, rows: &[usize]) -> Result<()> {
         if let Some(&given) = rows.iter().find(|&&row| row >= self.batch()) {
             return Err(CacheError::Row { given, rows: self.batch() });
@@ -254,7 +311,7 @@ impl<E: Element> LayerCache<E> {
         if rows.is_empty() {
             return Err(CacheError::Shape { what: "the number of rows to keep", given: 0, expected: 1 });
         }
-        self.rows = rows.iter().map(|&row| self.rows[row].clone()).collect();
+        self.rows = self.selected(rows)?;
         Ok(())
     }
 

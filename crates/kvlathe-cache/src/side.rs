@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use kvlathe_codec::gain::MAX_MAGNITUDE;
-use kvlathe_codec::{CodecError, Element, LowRank, Scratch, StreamSet, best_isa};
+use kvlathe_codec::{CodecError, Element, LowRank, Scratch, StreamSet, best_isa, memory};
 use rayon::prelude::*;
 
 use crate::block::Block;
@@ -74,15 +74,30 @@ impl Coding {
 }
 
 /// The coded middle of a side.
-#[derive(Clone)]
 enum Coded {
     Blocks(Arc<StreamSet>, Vec<Arc<Block>>),
     /// One byte string a head, `vector_bytes` a token.
     LowRank(Arc<LowRank>, Vec<Vec<u8>>),
 }
 
+impl Coded {
+    fn try_clone(&self) -> Result<Self> {
+        Ok(match self {
+            Self::Blocks(set, blocks) => {
+                Self::Blocks(Arc::clone(set), memory::copied(blocks, "a list of blocks")?)
+            }
+            Self::LowRank(coder, heads) => {
+                let heads = heads.iter().map(|coded| memory::copied(coded, "coded tokens"));
+                Self::LowRank(Arc::clone(coder), heads.collect::<std::result::Result<_, _>>()?)
+            }
+        })
+    }
+}
+
+/// What [`SideRow::cut`] found: the block that is cut, as exact tokens without those that go.
+pub(crate) struct Cut<E>(Option<ExactRun<E>>);
+
 /// Tokens of one row and side, oldest first: sinks, coded, tail. A side that is not coded keeps all in its tail.
-#[derive(Clone)]
 pub(crate) struct SideRow<E> {
     sinks: ExactRun<E>,
     coded: Option<Coded>,
@@ -97,6 +112,15 @@ impl<E: Element> SideRow<E> {
             Coding::LowRank(coder) => Some(Coded::LowRank(Arc::clone(coder), vec![Vec::new(); n_heads])),
         };
         Self { sinks: ExactRun::new(n_heads, head_dim), coded, tail: ExactRun::new(n_heads, head_dim) }
+    }
+
+    /// A copy that shares the packed blocks.
+    pub(crate) fn try_clone(&self) -> Result<Self> {
+        Ok(Self {
+            sinks: self.sinks.try_clone()?,
+            coded: self.coded.as_ref().map(Coded::try_clone).transpose()?,
+            tail: self.tail.try_clone()?,
+        })
     }
 
     /// Tokens in the coded middle.
@@ -147,21 +171,37 @@ impl<E: Element> SideRow<E> {
         }
     }
 
-    /// Appends all tokens of one row of a tensor; the first `n_sinks` of the sequence become sinks.
+    /// How many of `n_tokens` new tokens become sinks: the first `n_sinks` of the sequence do.
+    fn to_sinks(&self, n_tokens: usize, n_sinks: usize) -> usize {
+        if self.is_coded() { n_sinks.saturating_sub(self.sinks.n_tokens()).min(n_tokens) } else { 0 }
+    }
+
+    /// Makes room for `n_tokens` more.
+    pub(crate) fn reserve(&mut self, n_tokens: usize, n_sinks: usize) -> Result<()> {
+        let to_sinks = self.to_sinks(n_tokens, n_sinks);
+        self.sinks.reserve(to_sinks)?;
+        self.tail.reserve(n_tokens - to_sinks)
+    }
+
+    /// Gives back the room that [`SideRow::reserve`] made in vain.
+    pub(crate) fn trim(&mut self) {
+        self.tail.trim();
+    }
+
+    /// Appends all tokens of one row of a tensor, for which there is room.
     pub(crate) fn append(&mut self, view: &TensorView<'_, E>, row: usize, n_sinks: usize) {
-        let room = if self.is_coded() { n_sinks.saturating_sub(self.sinks.n_tokens()) } else { 0 };
-        let to_sinks = room.min(view.n_tokens());
+        let to_sinks = self.to_sinks(view.n_tokens(), n_sinks);
         self.sinks.append(view, row, 0..to_sinks);
         self.tail.append(view, row, to_sinks..view.n_tokens());
     }
 
-    /// Codes the oldest `n_tokens` of the tail, a multiple of the coding's granularity.
-    pub(crate) fn code(&mut self, n_tokens: usize) -> Result<()> {
+    /// Codes the oldest `n_tokens` of the tail, a multiple of the coding's granularity, into blocks for
+    /// [`SideRow::commit`]; of what is coded token by token, only the room is made. Changes nothing that is held.
+    pub(crate) fn encode(&mut self, n_tokens: usize) -> Result<Vec<Arc<Block>>> {
         let position = self.sinks.n_tokens() + self.n_coded();
         let tail = &self.tail;
         match &mut self.coded {
-            None => return Ok(()),
-            Some(Coded::Blocks(set, blocks)) => {
+            Some(Coded::Blocks(set, blocks)) if n_tokens > 0 => {
                 let set = &**set;
                 let len = set.block_len();
                 let encode = |scratch: &mut Scratch, i: usize| {
@@ -171,17 +211,37 @@ impl<E: Element> SideRow<E> {
                     .into_par_iter()
                     .map_init(Scratch::default, encode)
                     .collect::<Result<_>>()?;
-                blocks.extend(new);
+                memory::reserve(blocks, new.len(), "a list of blocks")?;
+                Ok(new)
             }
+            Some(Coded::LowRank(coder, heads)) => {
+                let more = n_tokens * coder.vector_bytes();
+                for coded in heads {
+                    if coded.capacity() - coded.len() < more {
+                        // An eighth of headroom, as exact tokens have.
+                        memory::reserve(coded, more.max(coded.len() / 8), "coded tokens")?;
+                    }
+                }
+                Ok(Vec::new())
+            }
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    /// Takes the oldest `n_tokens` out of the tail, now that [`SideRow::encode`] has succeeded everywhere.
+    pub(crate) fn commit(&mut self, new: Vec<Arc<Block>>, n_tokens: usize) {
+        if n_tokens == 0 {
+            return;
+        }
+        let tail = &self.tail;
+        match &mut self.coded {
+            None => return,
+            Some(Coded::Blocks(_, blocks)) => blocks.extend(new),
             Some(Coded::LowRank(coder, heads)) => {
                 let (d, bytes) = (coder.head_dim(), coder.vector_bytes());
                 heads.par_iter_mut().enumerate().for_each(|(head, coded)| {
-                    let (from, more) = (coded.len(), n_tokens * bytes);
-                    if coded.capacity() < from + more {
-                        // An eighth of headroom, as exact tokens have.
-                        coded.reserve_exact(more.max(from / 8));
-                    }
-                    coded.resize(from + more, 0);
+                    let from = coded.len();
+                    coded.resize(from + n_tokens * bytes, 0);
                     let vectors = tail.head(head).chunks_exact(d);
                     for (x, out) in vectors.zip(coded[from..].chunks_exact_mut(bytes)) {
                         coder.encode(x, out);
@@ -190,7 +250,6 @@ impl<E: Element> SideRow<E> {
             }
         }
         self.tail.drop_front(n_tokens);
-        Ok(())
     }
 
     /// Writes head `head` of all tokens to the front of `out`, `[tokens, head_dim]`.
@@ -225,47 +284,45 @@ impl<E: Element> SideRow<E> {
         Ok(())
     }
 
-    /// Removes the newest `n_tokens`. A block that is cut goes back to the tail as decoded, without its lost tokens.
-    pub(crate) fn crop(&mut self, n_tokens: usize) -> Result<()> {
-        let from_tail = n_tokens.min(self.n_tail());
-        self.tail.truncate(self.n_tail() - from_tail);
-        let mut left = n_tokens - from_tail;
-        if left == 0 {
-            return Ok(());
-        }
-        let from_coded = left.min(self.n_coded());
-        left -= from_coded;
+    /// Decodes the block that removing the newest `n_tokens` would cut, for [`SideRow::crop`]. Changes nothing.
+    pub(crate) fn cut(&self, n_tokens: usize) -> Result<Cut<E>> {
+        let from_coded = n_tokens.saturating_sub(self.n_tail()).min(self.n_coded());
+        let Some(Coded::Blocks(set, blocks)) = &self.coded else { return Ok(Cut(None)) };
+        let (len, d) = (set.block_len(), set.head_dim());
         let kept = self.n_coded() - from_coded;
-        let n_sinks = self.sinks.n_tokens();
+        let (whole, partial) = (kept / len, kept % len);
+        if partial == 0 {
+            return Ok(Cut(None));
+        }
+        let mut scratch = Scratch::default();
+        let mut heads = memory::room(set.streams().len(), "a decoded block")?;
+        for head in 0..set.streams().len() {
+            let mut out = memory::filled(len * d, E::default(), "a decoded block")?;
+            let position = self.sinks.n_tokens() + whole * len;
+            blocks[whole].decode(set, head, position, best_isa(), &mut out, &mut scratch)?;
+            out.truncate(partial * d);
+            heads.push(out);
+        }
+        Ok(Cut(Some(ExactRun::from_decoded(heads, d))))
+    }
+
+    /// Removes the newest `n_tokens`. A block that is cut goes back to the tail as decoded, without its lost tokens.
+    pub(crate) fn crop(&mut self, n_tokens: usize, cut: Cut<E>) {
+        let from_tail = n_tokens.min(self.n_tail());
+        let from_coded = (n_tokens - from_tail).min(self.n_coded());
+        let kept = self.n_coded() - from_coded;
+        self.tail.truncate(self.n_tail() - from_tail);
+        if let Cut(Some(rest)) = cut {
+            self.tail = rest;
+        }
         match &mut self.coded {
             None => {}
-            Some(Coded::Blocks(set, blocks)) => {
-                let (len, d) = (set.block_len(), set.head_dim());
-                let (whole, partial) = (kept / len, kept % len);
-                if partial > 0 {
-                    let mut scratch = Scratch::default();
-                    let mut decoded = vec![vec![E::default(); len * d]; set.streams().len()];
-                    for (head, out) in decoded.iter_mut().enumerate() {
-                        blocks[whole].decode(
-                            set,
-                            head,
-                            n_sinks + whole * len,
-                            best_isa(),
-                            out,
-                            &mut scratch,
-                        )?;
-                        out.truncate(partial * d);
-                    }
-                    self.tail.prepend(&decoded);
-                }
-                blocks.truncate(whole);
-            }
+            Some(Coded::Blocks(set, blocks)) => blocks.truncate(kept / set.block_len()),
             Some(Coded::LowRank(coder, heads)) => {
                 heads.iter_mut().for_each(|coded| coded.truncate(kept * coder.vector_bytes()));
             }
         }
-        self.sinks.truncate(n_sinks - left);
-        Ok(())
+        self.sinks.truncate(self.sinks.n_tokens() - (n_tokens - from_tail - from_coded));
     }
 
     /// Bytes of sinks and tail.

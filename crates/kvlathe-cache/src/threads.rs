@@ -10,6 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use crate::error::{CacheError, Result};
+
 /// Threads that somebody else owns.
 pub trait Team: Send + Sync {
     /// Calls `work` on at most `n_threads` threads, the caller's among them, and returns when all calls have.
@@ -85,49 +87,50 @@ pub fn for_each_task(n_threads: usize, n_tasks: usize, work: &(dyn Fn(usize) + S
     let queue = Queue { next: AtomicUsize::new(0), n_tasks, work, panicked: AtomicBool::new(false) };
     match team() {
         Some(team) => team.run(n_threads, &|| queue.take_all()),
-        None => with_threads(n_threads, || {
-            rayon::broadcast(|_| queue.take_all());
-        }),
+        None => match pool(n_threads) {
+            Ok(pool) => drop(pool.broadcast(|_| queue.take_all())),
+            // No threads to be had: then the caller does it all.
+            Err(_) => queue.take_all(),
+        },
     }
     assert!(!queue.panicked.load(Ordering::Relaxed), "a task of an attention call has panicked");
 }
 
-/// Runs `work` on at most `n_threads` threads of the library's pool; inline when that is one.
+/// Runs `work` on `n_threads` threads of the library's pool, at least one; on fewer where the system starts no more.
 ///
 /// The pool is built on first use and again when `n_threads` changes or the process has forked. Its threads sleep
 /// between calls.
-pub fn with_threads<R: Send>(n_threads: usize, work: impl FnOnce() -> R + Send) -> R {
-    match pool(n_threads) {
-        Some(pool) => pool.install(work),
-        None => work(),
-    }
+///
+/// # Errors
+/// Not even one thread can be started; `work` was not called.
+pub fn with_threads<R: Send>(n_threads: usize, work: impl FnOnce() -> R + Send) -> Result<R> {
+    // Not without a pool: rayon would then start threads of its own, and panic when it cannot.
+    Ok(pool(n_threads).or_else(|_| pool(1))?.install(work))
 }
 
-fn pool(n_threads: usize) -> Option<Arc<ThreadPool>> {
-    if n_threads == 0 {
-        return None;
-    }
+fn pool(n_threads: usize) -> Result<Arc<ThreadPool>> {
+    let n_threads = n_threads.max(1);
     let process = std::process::id();
     let mut slot = POOL.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(Owned { process: owner, it: pool }) = slot.as_ref()
         && *owner == process
         && pool.n_threads == n_threads
     {
-        return Some(Arc::clone(&pool.threads));
+        return Ok(Arc::clone(&pool.threads));
     }
     let threads = ThreadPoolBuilder::new()
         .num_threads(n_threads)
         .thread_name(|i| format!("kvlathe-{i}"))
         .build()
         .map(Arc::new)
-        .ok()?;
+        .map_err(|error| CacheError::Threads { n_threads, reason: error.to_string() })?;
     if let Some(old) = slot.replace(Owned { process, it: Pool { n_threads, threads: Arc::clone(&threads) } })
         && old.process != process
     {
         // Its threads exist only in the parent; joining them here would wait for ever.
         std::mem::forget(old.it);
     }
-    Some(threads)
+    Ok(threads)
 }
 
 #[cfg(test)]
@@ -139,8 +142,8 @@ mod tests {
 
     #[test]
     fn the_pool_has_the_size_asked_for() {
-        assert_eq!(with_threads(2, rayon::current_num_threads), 2);
-        assert_eq!(with_threads(3, rayon::current_num_threads), 3);
+        assert_eq!(with_threads(2, rayon::current_num_threads), Ok(2));
+        assert_eq!(with_threads(3, rayon::current_num_threads), Ok(3));
     }
 
     fn every_task_runs_once() {

@@ -88,7 +88,7 @@ impl StreamTables {
         check_len("the queries", queries.scaled.len(), n * self.query_tables().n_places())?;
         check_len("the scores", scores.len(), n * blocks.len() * self.block_len)?;
         self.check_blocks(blocks)?;
-        scratch.fit_scores(self, n);
+        scratch.fit_scores(self, n)?;
         kernels::score(isa, self, blocks, walk, queries, upcoming, scores, scratch);
         Ok(())
     }
@@ -111,7 +111,7 @@ impl StreamTables {
         check_len("the sums", sums.sums.len(), n_queries * self.n_coded())?;
         check_len("tokens beyond the most at once", n_tokens.saturating_sub(MAX_TOKENS_AT_ONCE), 0)?;
         self.check_blocks(blocks)?;
-        scratch.fit_sums(n_queries, n_tokens);
+        scratch.fit_sums(n_queries, n_tokens)?;
         kernels::accumulate(isa, self, blocks, weights, sums, scratch);
         Ok(())
     }

@@ -57,6 +57,16 @@ pub enum CodecError {
         /// Token, counted from the first one handed over.
         token: usize,
     },
+    /// The system has no more memory.
+    #[error(
+        "out of memory: {bytes} bytes for {what} could not be had, and nothing was changed; free memory (crop() or reset() a cache, take shorter prompts or fewer beams) and try again"
+    )]
+    OutOfMemory {
+        /// What the memory was for.
+        what: &'static str,
+        /// How much was asked for.
+        bytes: usize,
+    },
 }
 
 /// The result of a codec operation.

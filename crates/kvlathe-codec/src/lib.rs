@@ -47,6 +47,7 @@ pub mod gain;
 mod kernels;
 mod linalg;
 mod low_rank;
+pub mod memory;
 mod query;
 pub mod reference;
 mod rope;

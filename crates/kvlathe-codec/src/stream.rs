@@ -42,7 +42,7 @@ impl StreamTables {
             return Err(CodecError::Length { what: "the tokens of a block", given, expected });
         }
         check_len("the packed block", packed.len(), self.block_bytes())?;
-        scratch.fit(self);
+        scratch.fit(self)?;
         for t in (0..n).step_by(TRANSPOSE_TOKENS) {
             // A few tokens at a time: whole runs of a row are written, not single elements a row apart.
             let rows: [&[E]; TRANSPOSE_TOKENS] = std::array::from_fn(|i| {
@@ -83,7 +83,7 @@ impl StreamTables {
         if out.len() < expected {
             return Err(CodecError::Length { what: "the decoded columns", given: out.len(), expected });
         }
-        scratch.fit(self);
+        scratch.fit(self)?;
         kernels::decode(isa, self, packed, scratch);
         if let Some(rotation) = turn_forward {
             kernels::rotate(isa, rotation, &mut scratch.x, n);
@@ -111,7 +111,7 @@ impl StreamTables {
         let (d, n) = (self.head_dim, self.block_len);
         check_len("the packed block", packed.len(), self.block_bytes())?;
         check_len("the decoded block", out.len(), d * n)?;
-        scratch.fit(self);
+        scratch.fit(self)?;
         kernels::decode(isa, self, packed, scratch);
         if let Some(rotation) = turn_forward {
             kernels::rotate(isa, rotation, &mut scratch.x, n);

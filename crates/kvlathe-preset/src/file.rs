@@ -1,7 +1,7 @@
 //! Paths and bytes: which format is it, how is it read, how is it written.
 
-use std::fs::File;
-use std::io::Read;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::path::Path;
 
 use crate::atomic_write::atomic_write;
@@ -9,6 +9,9 @@ use crate::{MAX_FILE_BYTES, Preset, PresetError, json, safetensors_file, wire};
 
 /// Longest header that the safetensors specification allows, in bytes.
 const MAX_SAFETENSORS_HEADER: u64 = 100_000_000;
+
+/// What the format is told by, in bytes: longer than any header's beginning.
+const SNIFFED_BYTES: u64 = 4096;
 
 /// The two containers of a preset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,12 +30,21 @@ impl Preset {
     pub fn read(path: impl AsRef<Path>) -> Result<Self, PresetError> {
         let path = path.as_ref();
         let io_error = |source| PresetError::Io { path: path.to_owned(), source };
+        // Before it is opened, as opening a pipe waits for somebody to write to it; a device may never end.
+        let metadata = fs::metadata(path).map_err(io_error)?;
+        if !metadata.is_file() {
+            let kind = if metadata.is_dir() { "a folder" } else { "a pipe or a device" };
+            return Err(io_error(io::Error::other(format!("it is {kind}, expected a file"))));
+        }
+        check_size(metadata.len())?;
         let file = File::open(path).map_err(io_error)?;
-        let size = file.metadata().map_err(io_error)?.len();
-        check_size(size)?;
-        // Bounded, since a file can grow after it was measured, and a pipe has no size at all.
+        // Bounded, since a file can grow after it was measured.
+        let mut file = file.take(MAX_FILE_BYTES + 1);
         let mut bytes = Vec::new();
-        file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(io_error)?;
+        file.by_ref().take(SNIFFED_BYTES).read_to_end(&mut bytes).map_err(io_error)?;
+        // No memory for a large file that is something else.
+        sniff(&bytes)?;
+        file.read_to_end(&mut bytes).map_err(io_error)?;
         Self::from_bytes(&bytes)
     }
 

@@ -52,5 +52,5 @@ fn smollm2(bencher: divan::Bencher<'_, '_>, n_threads: usize) {
     let data = chunk(heads, head_dim);
     bencher
         .counter(ItemsCount::new(CHUNK * N_CHUNKS))
-        .bench(|| with_threads(n_threads, || prefill(&codings, &data, heads, head_dim)));
+        .bench(|| with_threads(n_threads, || prefill(&codings, &data, heads, head_dim)).expect("threads"));
 }

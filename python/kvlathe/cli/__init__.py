@@ -10,7 +10,7 @@ from .._requirements import check_transformers
 from ..errors import KvlatheError
 from .evaluate import add_eval_arguments, run_eval
 from .needle import add_needle_arguments, run_needle
-from .options import say
+from .options import printable, say
 from .show import add_show_arguments, run_show
 from .tune import CURVE_HEADER, add_tune_arguments, format_point, run_tune
 from .verify import add_verify_arguments, run_verify
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
             check_transformers()
         return int(arguments.run(arguments))
     except (KvlatheError, ImportError) as error:
-        say(f"error: {error}")
+        say(f"error: {printable(str(error))}")
         return 1
     except KeyboardInterrupt:
         say("interrupted; nothing was written")

@@ -27,6 +27,11 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def printable(text: str) -> str:
+    """Text out of a file, for a terminal: control characters, which could write over other lines, as escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
     """``--model``."""
     parser.add_argument(

@@ -4,8 +4,25 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..preset import Preset
+from .options import printable
+
+# What a preset says of its measurement is text of whoever wrote it: anything may be missing, or of another type.
+_UNKNOWN = "?"
+_LONGEST = 200
+
+
+def _number(values: dict[str, Any], key: str, form: str) -> str:
+    value = values.get(key)
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return format(value, form) if known else _UNKNOWN
+
+
+def _text(value: Any) -> str:
+    text = printable(str(value))
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def add_show_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +35,7 @@ def run_show(arguments: argparse.Namespace) -> int:
     """``kvlathe show``: works without torch."""
     preset = Preset.load(arguments.preset)
     meta = preset.meta
-    print(f"model            {meta['model']}")
+    print(f"model            {_text(meta['model'])}")
     print(
         f"shape            {meta['n_layers']} layers, {meta['n_heads']} query heads, head_dim {meta['head_dim']}"
     )
@@ -32,19 +49,23 @@ def run_show(arguments: argparse.Namespace) -> int:
         f"KV heads         {lathe['n_kv_heads']}, blocks of {lathe['block_len']} tokens, {lathe['n_sinks']} sinks"
     )
     print(
-        f"calibrated       {lathe['created']} on {calibration.get('n_tokens', '?')} tokens "
-        f"of {calibration.get('text', '?')}"
+        f"calibrated       {_text(lathe['created'])} on {_number(calibration, 'n_tokens', '.0f')} tokens "
+        f"of {_text(calibration.get('text', _UNKNOWN))}"
     )
     if not measured:
         print("measured         nothing at this rate: its quality is not verified")
         return 0
-    print(f"measured on      {measured['n_positions']} positions of {measured['text']}")
     print(
-        f"perplexity       {measured['baseline_perplexity']:.4f} exact, {measured['perplexity']:.4f} compressed"
+        f"measured on      {_number(measured, 'n_positions', '.0f')} positions of "
+        f"{_text(measured.get('text', _UNKNOWN))}"
     )
     print(
-        f"KLD              {measured['kld']:.5f} nats, at most {measured['kld_bound']:.5f} "
-        f"with {measured['confidence']:.0%}"
+        f"perplexity       {_number(measured, 'baseline_perplexity', '.4f')} exact, "
+        f"{_number(measured, 'perplexity', '.4f')} compressed"
     )
-    print(f"top-1 agreement  {measured['top1']:.2%}")
+    print(
+        f"KLD              {_number(measured, 'kld', '.5f')} nats, at most {_number(measured, 'kld_bound', '.5f')} "
+        f"with {_number(measured, 'confidence', '.0%')}"
+    )
+    print(f"top-1 agreement  {_number(measured, 'top1', '.2%')}")
     return 0

@@ -29,7 +29,7 @@ fn padded(first: usize, n_tokens: usize) -> Place {
 impl<E: Element> Head<'_, E> {
     /// Queries `rows` over all tokens.
     pub(super) fn dense(&self, rows: Range<usize>, workspace: &mut Workspace) -> Result<Partial> {
-        let mut partial = Partial::new(self.values.head_dim(), rows.len());
+        let mut partial = Partial::new(self.values.head_dim(), rows.len())?;
         for (keys, values, first) in self.exact_runs() {
             let (key_dim, value_dim) = (self.keys.head_dim(), self.values.head_dim());
             let n_tokens = keys.len() / key_dim;

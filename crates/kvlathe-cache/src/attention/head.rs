@@ -66,7 +66,7 @@ impl<E: Element> Head<'_, E> {
         let Workspace { scratch, scores, sums: TileSums { rescale, .. }, .. } = workspace;
         let (n, block_len, isa) = (self.n(), self.keys.block_len(), best_isa());
         let (keys, values) = (self.key_stream(), self.value_stream());
-        let mut partial = Partial::new(values.head_dim(), n);
+        let mut partial = Partial::new(values.head_dim(), n)?;
         let mut sums = CoefficientSums::new(values, n);
         rescale.resize(n, 1.0);
         let queries = self.prepared.get_or_init(|| Queries::new(keys, self.queries));
@@ -109,9 +109,9 @@ impl<E: Element> Head<'_, E> {
     }
 
     /// Sinks and tail.
-    pub(super) fn exact(&self, workspace: &mut Workspace) -> Partial {
+    pub(super) fn exact(&self, workspace: &mut Workspace) -> Result<Partial> {
         let (key_dim, value_dim) = (self.keys.head_dim(), self.values.head_dim());
-        let mut partial = Partial::new(value_dim, self.n());
+        let mut partial = Partial::new(value_dim, self.n())?;
         for (keys, values, mut first) in self.exact_runs() {
             for (keys, values) in
                 keys.chunks(TILE_TOKENS * key_dim).zip(values.chunks(TILE_TOKENS * value_dim))
@@ -120,7 +120,7 @@ impl<E: Element> Head<'_, E> {
                 first += TILE_TOKENS;
             }
         }
-        partial
+        Ok(partial)
     }
 
     /// Up to [`TILE_TOKENS`] exact tokens, `[tokens, dim]`.

@@ -12,7 +12,7 @@ mod workspace;
 use std::ops::Range;
 use std::sync::OnceLock;
 
-use kvlathe_codec::{Element, StreamSet};
+use kvlathe_codec::{Element, StreamSet, memory};
 
 use crate::error::{CacheError, Result};
 use crate::layer::LayerCache;
@@ -71,7 +71,7 @@ impl<E: Element> LayerCache<E> {
     /// `out` is `[batch, n_queries, query heads, value_dim]`. Query head h reads KV head h / (query heads / KV heads).
     ///
     /// # Errors
-    /// Shapes that do not fit, or a layer for which [`LayerCache::can_attend`] is false.
+    /// Shapes that do not fit, a layer for which [`LayerCache::can_attend`] is false, no memory.
     pub fn attend(
         &self,
         queries: TensorView<'_, E>,
@@ -120,7 +120,7 @@ impl<E: Element> LayerCache<E> {
         let (n_heads, n_tokens, value_dim) = (self.n_heads(), self.n_tokens(), values.head_dim());
         let group = query_heads / n_heads;
         // `[batch, query heads, n_queries, dim]`: the queries of one KV head lie together.
-        let mut wide = Vec::with_capacity(batch * query_heads * n_queries * dim);
+        let mut wide = memory::room(batch * query_heads * n_queries * dim, "queries")?;
         for row in 0..batch {
             for query_head in 0..query_heads {
                 for query in 0..n_queries {
@@ -158,7 +158,7 @@ impl<E: Element> LayerCache<E> {
         for_each_task(n_threads, partials.len(), &|task| {
             let head = &heads[task / parts.len()];
             let partial = with_workspace(|workspace| match &parts[task % parts.len()] {
-                Part::Exact => Ok(head.exact(workspace)),
+                Part::Exact => head.exact(workspace),
                 Part::Blocks(range) => head.blocks(range.clone(), workspace),
                 Part::Dense(rows) => head.dense(rows.clone(), workspace),
             });

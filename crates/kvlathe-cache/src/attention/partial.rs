@@ -1,6 +1,6 @@
 //! What a part of the tokens contributes to a softmax, and how parts are joined.
 
-use kvlathe_codec::{CoefficientSums, StreamTables, best_isa};
+use kvlathe_codec::{CoefficientSums, StreamTables, best_isa, memory};
 
 use crate::error::Result;
 
@@ -21,13 +21,9 @@ pub(super) struct Partial {
 
 impl Partial {
     /// Nothing yet, for `n` queries.
-    pub(super) fn new(value_dim: usize, n: usize) -> Self {
-        Self {
-            max: vec![f32::NEG_INFINITY; n],
-            sum: vec![0.0; n],
-            out: vec![0.0; n * value_dim],
-            coefficients: None,
-        }
+    pub(super) fn new(value_dim: usize, n: usize) -> Result<Self> {
+        let out = memory::filled(n * value_dim, 0.0, "the output of attention")?;
+        Ok(Self { max: vec![f32::NEG_INFINITY; n], sum: vec![0.0; n], out, coefficients: None })
     }
 
     /// Multiplies what was summed for a query by a factor: a larger score has been found.

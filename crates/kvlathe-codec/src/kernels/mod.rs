@@ -25,6 +25,8 @@ pub use isa::{Isa, available_isas, best_isa};
 
 use crate::attend::CoefficientSums;
 use crate::basis::StreamTables;
+use crate::error::Result;
+use crate::memory;
 use crate::query::Queries;
 use crate::rope::{Rotation, RotationWalk};
 
@@ -67,44 +69,46 @@ pub struct Scratch {
 const ROUND: f32 = 12_582_912.0;
 
 /// Sets a buffer's length; what it held before may stay.
-fn fit<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) {
+fn fit<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) -> Result<()> {
+    memory::reserve(buffer, len.saturating_sub(buffer.len()), "the codec's buffers")?;
     buffer.resize(len, T::default());
+    Ok(())
 }
 
 impl Scratch {
     /// Sizes the buffers for coding a stream.
-    pub(crate) fn fit(&mut self, tables: &StreamTables) {
-        fit(&mut self.x, tables.head_dim * tables.block_len);
-        fit(&mut self.z, tables.n_coded() * tables.block_len);
-        fit(&mut self.codes, tables.block_len);
+    pub(crate) fn fit(&mut self, tables: &StreamTables) -> Result<()> {
+        fit(&mut self.x, tables.head_dim * tables.block_len)?;
+        fit(&mut self.z, tables.n_coded() * tables.block_len)?;
+        fit(&mut self.codes, tables.block_len)
     }
 
     /// Sizes the buffers for scoring.
-    pub(crate) fn fit_scores(&mut self, tables: &StreamTables, n_queries: usize) {
+    pub(crate) fn fit_scores(&mut self, tables: &StreamTables, n_queries: usize) -> Result<()> {
         let (n, n_padded) = (tables.block_len, tables.n_padded());
         let query_tables = tables.query_tables();
-        fit(&mut self.turned, n_queries * query_tables.n_places());
-        fit(&mut self.even, n_queries * query_tables.mean.n_pairs);
-        fit(&mut self.odd, n_queries * query_tables.mean.n_pairs);
-        fit(&mut self.products, n_queries * n.max(n_padded));
-        fit(&mut self.projected, n_queries * n_padded);
-        fit(&mut self.units, n_queries);
-        fit(&mut self.levels, n_padded * n);
-        fit(&mut self.mean_scores, n_queries * n);
-        fit(&mut self.mean_parts, 2 * n_queries * query_tables.mean.width);
-        fit(&mut self.gains, n);
-        fit(&mut self.scales, n);
+        fit(&mut self.turned, n_queries * query_tables.n_places())?;
+        fit(&mut self.even, n_queries * query_tables.mean.n_pairs)?;
+        fit(&mut self.odd, n_queries * query_tables.mean.n_pairs)?;
+        fit(&mut self.products, n_queries * n.max(n_padded))?;
+        fit(&mut self.projected, n_queries * n_padded)?;
+        fit(&mut self.units, n_queries)?;
+        fit(&mut self.levels, n_padded * n)?;
+        fit(&mut self.mean_scores, n_queries * n)?;
+        fit(&mut self.mean_parts, 2 * n_queries * query_tables.mean.width)?;
+        fit(&mut self.gains, n)?;
+        fit(&mut self.scales, n)
     }
 
     /// Sizes the buffers for accumulating.
-    pub(crate) fn fit_sums(&mut self, n_queries: usize, n_tokens: usize) {
+    pub(crate) fn fit_sums(&mut self, n_queries: usize, n_tokens: usize) -> Result<()> {
         let stride = n_tokens.next_multiple_of(multiply::DOT_STEP);
-        fit(&mut self.products, n_queries * accumulate::TOGETHER);
-        fit(&mut self.weights_i16, n_queries * stride);
-        fit(&mut self.units, n_queries);
-        fit(&mut self.row_levels, accumulate::TOGETHER * stride);
-        fit(&mut self.gains, n_tokens);
-        fit(&mut self.scales, n_tokens);
+        fit(&mut self.products, n_queries * accumulate::TOGETHER)?;
+        fit(&mut self.weights_i16, n_queries * stride)?;
+        fit(&mut self.units, n_queries)?;
+        fit(&mut self.row_levels, accumulate::TOGETHER * stride)?;
+        fit(&mut self.gains, n_tokens)?;
+        fit(&mut self.scales, n_tokens)
     }
 }
 
