@@ -47,7 +47,7 @@ def _set(x: Tensor, where: Any, value: float | Tensor) -> None:
 
 
 _BIAS = torch.randn(DIM, generator=torch.Generator().manual_seed(9)) * 1e4
-_SCALES = torch.logspace(-17, 17, N_TOKENS)[:, None]
+_SCALES = torch.logspace(-17, 16, N_TOKENS)[:, None]
 ACTIVATIONS: dict[str, Tensor] = {
     "zeros": torch.zeros(1, HEADS, N_TOKENS, DIM),
     "zeros between": _with(_noise(), lambda x: _set(x, np.s_[:, :, ::2], 0.0)),
