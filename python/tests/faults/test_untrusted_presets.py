@@ -85,7 +85,7 @@ class _Bomb:
         self.path = path
 
     def __reduce__(self) -> Any:
-        return open, (str(self.path), "w")
+        return io.open, (str(self.path), "w")
 
 
 def _torch_saved(content: Any) -> bytes:
@@ -222,7 +222,9 @@ def test_commands_that_take_a_preset(
     tmp_path: Path, command: str, model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = _write(tmp_path, _CONTENTS["pickle"](tmp_path), "safetensors")
-    options = [str(path)] if command == "verify" else ["--preset", str(path)]
+    text = tmp_path / "text.txt"
+    text.write_text("Seven mice ran away.\n\n" * 500)
+    options = [str(path), "--text", str(text)] if command == "verify" else ["--preset", str(path)]
     output = [] if command == "verify" else ["--output", str(tmp_path / "out.jsonl")]
     assert main([command, *options, "--model", str(model_folder), *output]) == 1
     assert "pickle, which kvlathe never opens" in capsys.readouterr().err
