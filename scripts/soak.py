@@ -50,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=60.0, help="processor time (default %(default)s)")
+    parser.add_argument("--conversations", type=int, help="run so many conversations, however long they take")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--preset", type=Path, default=smollm2())
@@ -248,20 +249,26 @@ class Soak:
             self.resident.append((round(minutes, 3), pages * os.sysconf("SC_PAGE_SIZE") / 2**20))
 
     def run(self) -> None:
-        limit, reported = self.arguments.minutes, -1.0
-        minutes = 0.0
+        wanted, limit, reported = self.arguments.conversations, self.arguments.minutes, -1.0
+        minutes, n_conversations = 0.0, 0
         cache = self.new_cache()
-        while minutes < limit:
+        while minutes < limit if wanted is None else n_conversations < wanted:
             if self.random.random() < 0.3:
                 cache = self.new_cache()
             cache = self.converse(cache)
+            n_conversations += 1
             minutes = time.process_time() / 60 / self.arguments.threads
             self.measure(minutes)
             if minutes - reported >= 1:
                 reported = minutes
                 memory = f", {self.resident[-1][1]:.0f} MB" if self.resident else ""
+                done = (
+                    f"{minutes:.0f} of {limit:g} minutes, {max(0.0, limit - minutes):.0f} left"
+                    if wanted is None
+                    else f"{n_conversations} of {wanted} conversations, {wanted - n_conversations} left"
+                )
                 print(
-                    f"{minutes:.0f} of {limit:g} minutes, {max(0.0, limit - minutes):.0f} left: "
+                    f"{done}: "
                     f"{sum(self.operations.values())} operations, {self.comparisons} comparisons{memory}",
                     file=sys.stderr,
                     flush=True,
@@ -269,7 +276,8 @@ class Soak:
         detach(self.model)
 
     def found(self) -> dict[str, Any]:
-        warm = [(at, mb) for at, mb in self.resident if at >= WARM_UP * self.arguments.minutes]
+        ended = self.resident[-1][0] if self.resident else 0.0
+        warm = [(at, mb) for at, mb in self.resident if at >= WARM_UP * ended]
         tenth = max(1, len(warm) // 10)
         sizes = [mb for _, mb in warm]
         growth = 0.0

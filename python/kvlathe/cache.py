@@ -233,8 +233,8 @@ class CompressedDynamicCache(DynamicCache):
                 f"exception or mixed up with another thread's; crop(0) removes the tokens of such a pass, reset() "
                 f"empties the cache"
             )
-        n_tokens = held[0][0] if held else 0
-        self._passes.begin(n_tokens, len(compressed))
+        if compressed:
+            self._passes.begin(held[0][0] if held else 0, len(compressed))
         for layer in compressed:
             # Announced by a pass that did not come as far.
             layer.attends_next = False
