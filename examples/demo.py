@@ -30,9 +30,9 @@ from kvlathe import (
     tune,
 )
 from kvlathe.cli import CURVE_HEADER, format_point
-from kvlathe.corpus import windows
 from kvlathe.evaluation import coders
 from kvlathe.presets import smollm2
+from kvlathe.token_windows import windows
 
 MODEL = "smollm2"
 QUESTION = "\n\nIn short, the text above explains"

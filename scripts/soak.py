@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 
 from kvlathe import CompressedDynamicCache, Preset, attach, default_corpus, detach, load_model
-from kvlathe.corpus import windows
 from kvlathe.presets import smollm2
+from kvlathe.token_windows import windows
 
 # Rows of the batch, at most.
 MAX_ROWS = 3

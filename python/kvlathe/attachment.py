@@ -21,8 +21,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .cache import CompressedDynamicCache
+from .cache.layer import CompressedLayer
 from .errors import ModelError
-from .layer import CompressedLayer
 from .model_loading import attention_modules
 from .two_sided import TwoSidedPlan, two_sided_attention
 

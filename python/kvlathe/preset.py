@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from typing import Any, Literal
 
 from ._native import LowRankCodec, StreamSetCodec
 from ._native import Preset as NativePreset
+from .errors import UnverifiedPresetWarning
 
 Side = Literal["key", "value"]
 
@@ -109,3 +111,20 @@ def config_json(config: Any) -> str:
         config = text_config(decoder=True)
     as_dict = config.to_dict() if hasattr(config, "to_dict") else config
     return json.dumps(as_dict, default=str)
+
+
+# Models that a warning was given for.
+_WARNED: set[str] = set()
+
+
+def warn_if_unverified(preset: Preset) -> None:
+    """Say once a process and model that nobody has measured a preset's quality at its rate."""
+    if preset.is_seed_style or preset.meta["kvlathe"]["measured"] or preset.meta["model"] in _WARNED:
+        return
+    _WARNED.add(preset.meta["model"])
+    warnings.warn(
+        f"the preset of {preset.meta['model']} was never verified at {preset.bits_per_value:.2f} bits a value: nothing "
+        f"is known of its quality; see `kvlathe tune` and `kvlathe verify`",
+        UnverifiedPresetWarning,
+        stacklevel=3,
+    )

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from .corpus import bos_ids
 from .errors import CorpusError
+from .token_windows import bos_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,11 +18,12 @@ from transformers import PreTrainedModel
 from ._native import version
 from .cache import CompressedDynamicCache
 from .calibration import CalibrationOptions, calibrate
-from .corpus import Corpus, halves, windows
+from .corpus import Corpus, halves
 from .errors import BudgetError, CorpusError
 from .evaluation import Evaluator, Quality, coders, upper_bound
 from .preset import Preset
 from .sampled_text import sampled_windows
+from .token_windows import windows
 
 # The search works on this grid, in bits a value; finer is below the noise of a measurement.
 _GRID = 1 / 8

@@ -9,10 +9,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .calibration import CalibrationOptions
-from .corpus import Document, windows
+from .corpus import Document
 from .errors import PresetError
 from .evaluation import Evaluator
 from .preset import Preset
+from .token_windows import windows
 from .tuning import CurvePoint, TuneOptions, measure
 
 

@@ -134,7 +134,9 @@ def test_nothing_is_expanded_while_decoding(monkeypatch: pytest.MonkeyPatch) -> 
     try:
         with torch.no_grad():
             model(input_ids=prompt(1, 50), past_key_values=cache, use_cache=True)
-            monkeypatch.setattr("kvlathe.stores.NativeStore.read", lambda *_: pytest.fail("expanded"))
+            monkeypatch.setattr(
+                "kvlathe.cache.native_store.NativeStore.read", lambda *_: pytest.fail("expanded")
+            )
             for _ in range(20):
                 model(input_ids=prompt(1, 1), past_key_values=cache, use_cache=True)
     finally:
@@ -233,7 +235,7 @@ def test_a_chunk_size_in_a_config_given_by_position_counts(
 def test_chunked_prefill_expands_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     cache = CompressedDynamicCache.from_preset(preset_of("llama", model), uncompressed_tail=8)
-    monkeypatch.setattr("kvlathe.stores.NativeStore.read", lambda *_: pytest.fail("expanded"))
+    monkeypatch.setattr("kvlathe.cache.native_store.NativeStore.read", lambda *_: pytest.fail("expanded"))
     attach(model).generate(
         input_ids=prompt(1, 90),
         past_key_values=cache,

@@ -12,8 +12,8 @@ import pytest
 from cache_helpers import preset_of
 from kvlathe import CalibrationOptions, calibrate, corpus_from_files, load_model
 from kvlathe.cli import main
-from kvlathe.corpus import windows
 from kvlathe.evaluation import Evaluator, Quality
+from kvlathe.token_windows import windows
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import pytest
 from cache_helpers import preset_of
 from kvlathe import CalibrationOptions, calibrate, corpus_from_files, load_model
 from kvlathe.cli import main
-from kvlathe.corpus import windows
 from kvlathe.retrieval import CodedHolder
+from kvlathe.token_windows import windows
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from cache_helpers import low_rank, model_of, orthonormal, preset_of, random_kv, stream_compressor, tokens
 from kvlathe import QuantizedCalibratedCompressor, StreamSetCompressor
+from kvlathe.compressors import NATIVE_DTYPES
 from kvlathe.errors import DtypeError, NonFiniteError, PresetError, ShapeError
 from kvlathe.preset import Side
-from kvlathe.stores import NATIVE_DTYPES
 from kvlathe.torch_codec import TorchStreamCodec
 
 CPU = torch.device("cpu")

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from kvlathe.corpus import Corpus, Document, corpus_from_files, default_corpus, windows
+from kvlathe.corpus import Corpus, Document, corpus_from_files, default_corpus
 from kvlathe.errors import CorpusError
+from kvlathe.token_windows import windows
 
 
 class CharTokenizer:

@@ -190,7 +190,7 @@ _MEASURE = """
 import ctypes, gc, json, os, sys
 import torch
 from kvlathe import CompressedDynamicCache, IdentityCompressor, Preset
-from kvlathe.cache import shared_compressor
+from kvlathe.preset_compressors import shared_compressor
 
 torch.set_num_threads(1)
 preset = Preset.load(sys.argv[1])

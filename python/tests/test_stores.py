@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from cache_helpers import low_rank, one_layer_cache, random_kv, stream_compressor
 from kvlathe import IdentityCompressor
-from kvlathe.stores import LayerStore, NativeStore, Policy, TorchStore, make_store
+from kvlathe.cache.layer_store import LayerStore, Policy
+from kvlathe.cache.native_store import NativeStore
+from kvlathe.cache.stores import make_store
+from kvlathe.cache.torch_store import TorchStore
 
 HEADS, DIM = 2, 16
 # Different sums may put a coefficient on the other side of a border, which moves it by one step of its quantiser.

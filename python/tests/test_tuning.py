@@ -28,7 +28,6 @@ from kvlathe import (
     tune,
     verify,
 )
-from kvlathe import cache as cache_module
 from kvlathe.corpus import Document
 from kvlathe.evaluation import upper_bound
 from kvlathe.tuning import CurvePoint, _verify, describe_budget, search_bits
@@ -323,7 +322,7 @@ def test_verify_holds_a_preset_to_its_promise() -> None:
 
 
 def test_an_unverified_preset_says_so_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setattr(cache_module, "_WARNED", set())
+    monkeypatch.setattr("kvlathe.preset._WARNED", set())
     preset = _tuned().preset
     preset.save(tmp_path / "verified.safetensors")
     preset.with_bits(3.0).save(tmp_path / "other.safetensors")

@@ -13,9 +13,9 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from cache_helpers import low_rank, random_kv, stream_compressor
 from kvlathe import IdentityCompressor
+from kvlathe.cache.layer_store import Policy
+from kvlathe.cache.window import WindowLayer
 from kvlathe.errors import RollbackError, ShapeError
-from kvlathe.stores import Policy
-from kvlathe.window import WindowLayer
 
 WINDOW = 60
 

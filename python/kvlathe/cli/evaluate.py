@@ -91,7 +91,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _windows(arguments: argparse.Namespace, corpus: Corpus, tokenizer: Any) -> list[Tensor]:
     """The windows that judge."""
-    from ..corpus import windows
+    from ..token_windows import windows
 
     # One file is running text, as perplexities are usually stated; of many documents each gives a window in turn.
     one_file = arguments.text is not None and len(arguments.text) == 1 and arguments.text[0].is_file()
@@ -122,12 +122,12 @@ def run_eval(arguments: argparse.Namespace) -> int:
         say(wrong)
         return 2
     from ..baselines import Subject
-    from ..corpus import windows
     from ..evaluation import PresetMethod, Results, evaluate
     from ..evaluation.plots import require_matplotlib
     from ..evaluation.report import describe_mode
     from ..evaluation.run import make_setting
     from ..evaluation.table import markdown
+    from ..token_windows import windows
 
     if arguments.report is not None or arguments.plots is not None:
         require_matplotlib()

@@ -23,8 +23,8 @@ def model_and_text(arguments: argparse.Namespace) -> tuple[LoadedModel, Corpus]:
     """
     import torch
 
-    from ..cache import available_device
     from ..corpus import corpus_from_files, default_corpus
+    from ..devices import available_device
     from ..model_loading import load_model
 
     device = available_device(arguments.device)

@@ -146,8 +146,8 @@ def _holders(
 ) -> tuple[list[Holder], list[str]]:
     """The exact cache and all that is compared with it, and sentences on what does not run."""
     from ..baselines import Subject
-    from ..corpus import windows
     from ..retrieval import CodedHolder, ExactHolder, PresetHolder
+    from ..token_windows import windows
 
     named = baseline_names(arguments)
     holders: list[Holder] = [ExactHolder()]

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..corpus import bos_ids, token_ids
 from ..errors import EvaluationError
+from ..token_windows import bos_ids, token_ids
 from .haystack import Haystack
 from .needle import Needle, NeedleKind
 

@@ -16,8 +16,8 @@ from cache_helpers import preset_of, tokens
 from families import FAMILIES, Family
 from kvlathe import attach, detach
 from kvlathe.attachment import ATTENTION_NAME
+from kvlathe.cache.window import WindowLayer
 from kvlathe.errors import ModelError
-from kvlathe.window import WindowLayer
 
 CODED = [family for family in FAMILIES if family.calibrates]
 FUSED = [family for family in CODED if family.attaches]

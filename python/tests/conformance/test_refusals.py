@@ -10,8 +10,8 @@ from behaviours import feed, generate
 from cache_helpers import compressed_cache, identity_cache, low_rank, tokens
 from families import BY_NAME, FAMILIES
 from kvlathe import CompressedDynamicCache, IdentityCompressor
+from kvlathe.cache.layer_kinds import layer_kinds
 from kvlathe.errors import KvlatheError, ModelError, RollbackError, ShapeError
-from kvlathe.layer_kinds import layer_kinds
 
 
 def _without_config(n_layers: int) -> CompressedDynamicCache:

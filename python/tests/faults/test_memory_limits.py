@@ -18,7 +18,7 @@ _STARVE = """
 import copy, gc, json, resource, sys
 import torch
 from kvlathe import CompressedDynamicCache, IdentityCompressor, Preset, ResourceError
-from kvlathe.cache import shared_compressor
+from kvlathe.preset_compressors import shared_compressor
 
 torch.set_num_threads(1)
 preset = Preset.load(sys.argv[1])

@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ._native import StreamSetCodec
-from .compressors import IdentityCompressor, QuantizedCalibratedCompressor, StreamSetCompressor
-from .errors import (
-    CacheStateError,
-    DeviceError,
-    ModelError,
-    PresetError,
-    RollbackError,
-    ShapeError,
-    UnverifiedPresetWarning,
-)
+from ..compressors import IdentityCompressor
+from ..devices import available_device
+from ..errors import CacheStateError, ModelError, PresetError, RollbackError, ShapeError
+from ..preset import Preset, Side, warn_if_unverified
+from ..preset_compressors import preset_compressor
 from .layer import CompressedLayer
-from .layer_kinds import LayerKind, holds_recurrent_state, layer_kinds, tensor_bytes
+from .layer_kinds import LayerKind, holds_recurrent_state, layer_kinds
+from .layer_store import Policy
+from .memory_stats import memory_stats
 from .passes import Pass, Passes
-from .preset import Preset, Side
-from .stores import Policy
+from .recurrent_states import RecurrentStates
 from .window import WindowLayer
 
 
-class CompressedDynamicCache(DynamicCache):
+class CompressedDynamicCache(RecurrentStates):
     """A `DynamicCache` that holds keys and values compressed.
 
     The first tokens that the compressors want exact (4 with our presets) and the last ``uncompressed_tail`` tokens
@@ -60,9 +53,6 @@ class CompressedDynamicCache(DynamicCache):
         >>> cache.get_seq_length()
         0
     """
-
-    # CompressedLayer, WindowLayer, or where the config says so one of transformers' own.
-    layers: list[Any]
 
     def __init__(
         self,
@@ -150,7 +140,7 @@ class CompressedDynamicCache(DynamicCache):
         config = model.config if model is not None else None
         cache = cls._from_preset(preset, config, compress_start_len, uncompressed_tail, device)
         if model is not None:
-            _warn_if_unverified(preset)
+            warn_if_unverified(preset)
         return cache
 
     @classmethod
@@ -164,8 +154,8 @@ class CompressedDynamicCache(DynamicCache):
     ) -> CompressedDynamicCache:
         if config is not None:
             preset.check_model(config)
-        k_compressors = [_compressor(preset, layer, "key") for layer in range(preset.n_layers)]
-        v_compressors = [_compressor(preset, layer, "value") for layer in range(preset.n_layers)]
+        k_compressors = [preset_compressor(preset, layer, "key") for layer in range(preset.n_layers)]
+        v_compressors = [preset_compressor(preset, layer, "value") for layer in range(preset.n_layers)]
         cache = cls.__new__(cls)
         wanted = available_device(device) if device is not None else None
         cache._build(
@@ -321,48 +311,6 @@ class CompressedDynamicCache(DynamicCache):
                 twin.__dict__[name] = copy.deepcopy(value, memo)
         return twin
 
-    def has_previous_state(self, layer_idx: int | None = None, *args: Any, **kwargs: Any) -> bool:
-        """Whether a layer of linear attention has a state; see `DynamicCache`.
-
-        Raises:
-            ModelError: the cache was made without the model's config, so that no layer can hold such a state.
-        """
-        self._require_states(layer_idx)
-        return super().has_previous_state(layer_idx, *args, **kwargs)
-
-    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        """A convolution's state; see `DynamicCache` and `has_previous_state`."""
-        self._require_states(layer_idx)
-        return super().get_conv_state(layer_idx, *args, **kwargs)
-
-    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        """A recurrent state; see `DynamicCache` and `has_previous_state`."""
-        self._require_states(layer_idx)
-        return super().get_recurrent_state(layer_idx, *args, **kwargs)
-
-    def update_conv_state(
-        self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        """Hand on a convolution's state; see `DynamicCache` and `has_previous_state`."""
-        self._require_states(layer_idx)
-        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
-
-    def update_recurrent_state(
-        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        """Hand on a recurrent state; see `DynamicCache` and `has_previous_state`."""
-        self._require_states(layer_idx)
-        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
-
-    def _require_states(self, layer_idx: int | None) -> None:
-        asked = self.layers if layer_idx is None else self.layers[layer_idx : layer_idx + 1]
-        if all(isinstance(layer, CompressedLayer) for layer in asked):
-            which = "the model" if layer_idx is None else f"layer {layer_idx} of the model"
-            raise ModelError(
-                f"{which} keeps a state of linear attention or of a convolution, which this cache has no place for; "
-                f"make the cache with config=model.config (or from_preset(preset, model=model))"
-            )
-
     def compressor(self, layer_idx: int, side: Side) -> nn.Module:
         """The compressor of one layer's "key" or "value" side; that of a layer of transformers' own is exact."""
         layer = self.layers[layer_idx]
@@ -385,35 +333,10 @@ class CompressedDynamicCache(DynamicCache):
             stock_bytes, which are part of exact_bytes and of the equivalent, not of bits_per_value. The codec's own
             tables, which all caches of a preset share, are not counted.
         """
-        exact = coded = n_values = equivalent = stock = n_stock = 0
-        for layer in self.layers:
-            if not isinstance(layer, CompressedLayer):
-                stock, n_stock = stock + tensor_bytes(layer), n_stock + 1
-                continue
-            layer_exact, layer_coded = layer.memory_use()
-            layer_values, layer_equivalent = layer.values_held()
-            exact, coded = exact + layer_exact, coded + layer_coded
-            n_values, equivalent = n_values + layer_values, equivalent + layer_equivalent
-        ours, total, equivalent = exact + coded, exact + coded + stock, equivalent + stock
-        seq_len = self.get_seq_length()
-        compressed = max(getattr(layer, "n_coded", 0) for layer in self.layers)
         return {
-            "total_bytes": total,
-            "total_mb": total / 2**20,
-            "exact_bytes": exact + stock,
-            "coded_bytes": coded,
-            "stock_bytes": stock,
-            "num_layers": len(self.layers),
-            "window_layers": sum(isinstance(layer, WindowLayer) for layer in self.layers),
-            "stock_layers": n_stock,
-            "seq_len": seq_len,
-            "compressed_tokens": compressed,
-            "uncompressed_tokens": seq_len - compressed,
+            **memory_stats(self.layers, self.get_seq_length()),
             "compress_start_len": self.compress_start_len,
             "uncompressed_tail": self.uncompressed_tail,
-            "uncompressed_bytes_equivalent": equivalent,
-            "compression_ratio": equivalent / total if total else 1.0,
-            "bits_per_value": 8.0 * ours / n_values if n_values else 0.0,
         }
 
     def __repr__(self) -> str:
@@ -422,77 +345,6 @@ class CompressedDynamicCache(DynamicCache):
             f"{type(self).__name__}({stats['num_layers']} layers, {stats['seq_len']} tokens, "
             f"{stats['compressed_tokens']} of them coded, {stats['total_mb']:.1f} MB)"
         )
-
-
-# Models that a warning was given for.
-_WARNED: set[str] = set()
-
-
-def _warn_if_unverified(preset: Preset) -> None:
-    """Say once a process and model that nobody has measured a preset's quality at its rate."""
-    if preset.is_seed_style or preset.meta["kvlathe"]["measured"] or preset.meta["model"] in _WARNED:
-        return
-    _WARNED.add(preset.meta["model"])
-    warnings.warn(
-        f"the preset of {preset.meta['model']} was never verified at {preset.bits_per_value:.2f} bits a value: nothing "
-        f"is known of its quality; see `kvlathe tune` and `kvlathe verify`",
-        UnverifiedPresetWarning,
-        stacklevel=3,
-    )
-
-
-# A preset's compressors are immutable, and their tables large: made once, shared by all of its caches.
-_COMPRESSORS: WeakKeyDictionary[Preset, dict[tuple[int, Side], nn.Module]] = WeakKeyDictionary()
-
-
-def _compressor(preset: Preset, layer: int, side: Side) -> nn.Module:
-    known = _COMPRESSORS.setdefault(preset, {})
-    if (layer, side) not in known:
-        known[layer, side] = _new_compressor(preset, layer, side)
-    return known[layer, side]
-
-
-def _new_compressor(preset: Preset, layer: int, side: Side) -> nn.Module:
-    codec = preset.codec(layer, side)
-    if codec is None:
-        return IdentityCompressor()
-    if isinstance(codec, StreamSetCodec):
-        return StreamSetCompressor(codec, preset.n_sinks)
-    return shared_compressor(preset, layer, side)
-
-
-def shared_compressor(preset: Preset, layer: int, side: Side, bits: int = 8) -> QuantizedCalibratedCompressor:
-    """The seed's compressor from a preset's U and mean (every preset of ours carries them too).
-
-    Raises:
-        PresetError: a seed-style preset that leaves this side out.
-    """
-    shared = preset.native.shared(layer, side)
-    if shared is None:
-        raise PresetError(f"the preset has no U for the {side}s of layer {layer}")
-    rank, u_bytes, mean_bytes = shared
-    u = torch.frombuffer(bytearray(u_bytes), dtype=torch.float32).view(-1, rank)
-    mean = torch.frombuffer(bytearray(mean_bytes), dtype=torch.float32)
-    return QuantizedCalibratedCompressor(u, mean, bits=bits)
-
-
-def available_device(device: str | torch.device) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        DeviceError: this machine lacks it; the message names ``device="cpu"``.
-    """
-    try:
-        wanted = torch.device(device)
-    except RuntimeError as error:
-        raise DeviceError(f'device="{device}" is no device that torch knows; pass device="cpu"') from error
-    available = {
-        "cuda": torch.cuda.is_available,
-        "mps": lambda: torch.backends.mps.is_available(),
-    }
-    if not available.get(wanted.type, lambda: True)():
-        raise DeviceError(f'device="{device}" is not available on this machine; pass device="cpu"')
-    return wanted
 
 
 def load_preset_cache(
@@ -532,7 +384,7 @@ def load_preset_cache(
             f"the preset {os.fspath(preset_path)} is for {preset.meta['model']} with {preset.n_layers} layers, "
             f"the model has {num_layers}; use the preset of this model"
         )
-    _warn_if_unverified(preset)
+    warn_if_unverified(preset)
     return CompressedDynamicCache._from_preset(
         preset, config, compress_after if adaptive else 0, keep_recent if adaptive else 0, device
     )

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from .errors import CacheStateError, DeviceError, DtypeError, PicklingError, ResourceError, ShapeError
-from .preset import Side
-from .stores import LayerStore, NativeStore, Policy, make_store
+from ..errors import CacheStateError, DeviceError, PicklingError, ResourceError, ShapeError
+from ..preset import Side
+from .layer_store import LayerStore, Policy
+from .native_store import NativeStore
+from .states import Form, check_alike
+from .stores import make_store
 
 
 class CompressedLayer(DynamicLayer):
@@ -77,8 +80,7 @@ class CompressedLayer(DynamicLayer):
                 f"load the preset with device={given.type!r}"
             )
         self.dtype, self.device = key_states.dtype, given
-        self._dims = tuple((states.shape[1], states.shape[3]) for states in (key_states, value_states))
-        self._values_per_token = key_states.shape[1] * (key_states.shape[3] + value_states.shape[3])
+        self._form = Form.of(key_states, value_states)
         # What stubs show: one element seen through zero strides, the right shape without the memory.
         self._element = key_states.new_zeros(())
         self._store = self._new_store(key_states, value_states)
@@ -99,7 +101,10 @@ class CompressedLayer(DynamicLayer):
             NonFiniteError: NaN or infinity in what would be coded; the layer is unchanged.
             ResourceError: no memory; the layer is unchanged.
         """
-        self._check(key_states, value_states)
+        if self._store is None:
+            check_alike(key_states, value_states)
+        else:
+            self._form.check(key_states, value_states, self._store.batch)
         fresh = not self.is_initialized
         if fresh:
             self.lazy_initialization(key_states, value_states)
@@ -191,62 +196,6 @@ class CompressedLayer(DynamicLayer):
             store.compress()
         return out
 
-    def _fits(self, store: LayerStore, key_states: Tensor, value_states: Tensor) -> bool:
-        """Whether all is as it was before: what every step but the first finds."""
-        keys, values = key_states.shape, value_states.shape
-        return (
-            len(keys) == len(values) == 4
-            and keys[:3] == values[:3]
-            and keys[0] == store.batch
-            and ((keys[1], keys[3]), (values[1], values[3])) == self._dims
-            and key_states.dtype == value_states.dtype == self.dtype
-            and key_states.device == value_states.device == self.device
-        )
-
-    def _check(self, key_states: Tensor, value_states: Tensor) -> None:
-        if self._store is not None and self._fits(self._store, key_states, value_states):
-            return
-        for name, states in (("keys", key_states), ("values", value_states)):
-            if states.dim() != 4:
-                raise ShapeError(
-                    f"{name} have the shape {list(states.shape)}, expected [batch, heads, tokens, head_dim]"
-                )
-        if key_states.device != value_states.device:
-            raise DeviceError(f"keys are on {key_states.device}, values on {value_states.device}")
-        if key_states.dtype != value_states.dtype:
-            raise DtypeError(f"keys are {key_states.dtype}, values {value_states.dtype}")
-        if not key_states.is_floating_point():
-            raise DtypeError(
-                f"keys and values are {key_states.dtype}, expected a floating-point type such as torch.float32"
-            )
-        if key_states.shape[:3] != value_states.shape[:3]:
-            raise ShapeError(
-                f"keys of shape {list(key_states.shape)} with values of shape {list(value_states.shape)}"
-            )
-        if self._store is None:
-            return
-        if key_states.device != self.device:
-            raise DeviceError(
-                f"the cache is on {self.device}, new keys are on {key_states.device}; call reset() first"
-            )
-        if key_states.dtype != self.dtype:
-            raise DtypeError(
-                f"the cache holds {self.dtype}, new keys are {key_states.dtype}; call reset() first"
-            )
-        for name, states, held in zip(
-            ("keys", "values"), (key_states, value_states), self._dims, strict=True
-        ):
-            if (states.shape[1], states.shape[3]) != held:
-                raise ShapeError(
-                    f"{name} have {states.shape[1]} heads of {states.shape[3]} components, but this cache holds "
-                    f"{held[0]} of {held[1]}; use one cache for one model"
-                )
-        if key_states.shape[0] != self._store.batch:
-            raise ShapeError(
-                f"batch size is {key_states.shape[0]}, but this cache holds {self._store.batch}; use one cache for "
-                f"one batch, reset() it for the next, or batch_repeat_interleave() it for beams"
-            )
-
     def get_seq_length(self) -> int:
         return self._store.n_tokens if self._store else 0
 
@@ -276,7 +225,7 @@ class CompressedLayer(DynamicLayer):
         """How many numbers keys and values amount to, and the bytes the stock cache would take for them."""
         if self._store is None:
             return 0, 0
-        n = self._values_per_token * self._store.n_tokens * self._store.batch
+        n = self._form.values_per_token * self._store.n_tokens * self._store.batch
         return n, n * self.dtype.itemsize
 
     def activate_past_recording(self) -> None:

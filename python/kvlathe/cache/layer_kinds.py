@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .errors import ModelError, ShapeError
+from ..errors import ModelError, ShapeError
 
 
 @dataclass(frozen=True)

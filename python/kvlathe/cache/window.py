@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import RollbackError, ShapeError
+from ..errors import RollbackError, ShapeError
 from .layer import CompressedLayer
-from .stores import LayerStore, Policy, TorchStore
+from .layer_store import LayerStore, Policy
+from .torch_store import TorchStore
 
 
 class WindowStore(TorchStore):
@@ -113,7 +114,7 @@ class WindowLayer(CompressedLayer):
     def values_held(self) -> tuple[int, int]:
         if self._store is None:
             return 0, 0
-        n = self._values_per_token * self._n_visible() * self._store.batch
+        n = self._form.values_per_token * self._n_visible() * self._store.batch
         return n, n * self.dtype.itemsize
 
     def activate_past_recording(self) -> None:

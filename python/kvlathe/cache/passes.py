@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
 
-from .errors import CacheStateError
+from ..errors import CacheStateError
 
 _ADVICE = "give each thread a cache of its own (copy.deepcopy shares the packed blocks), or reset() this one"
 

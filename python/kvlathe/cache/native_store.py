@@ -1,0 +1,120 @@
+"""A layer's tokens in native memory, on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._native import NativeLayer
+from ..openmp import share_torch_threads
+from .layer_store import Policy
+
+share_torch_threads()
+
+
+class NativeStore:
+    """A `LayerStore` on the native cache; CPU tensors in float32, bfloat16 or float16."""
+
+    def __init__(
+        self, key_codec: Any, value_codec: Any, policy: Policy, keys: Tensor, values: Tensor
+    ) -> None:
+        batch, n_heads, _, key_dim = keys.shape
+        self._dims = (n_heads, key_dim, values.shape[-1])
+        self._dtype = keys.dtype
+        self._layer = NativeLayer(
+            key_codec,
+            value_codec,
+            n_sinks=policy.n_sinks,
+            compress_start_len=policy.compress_start_len,
+            n_tail=policy.n_tail,
+            dtype=str(keys.dtype),
+            batch=batch,
+            n_heads=n_heads,
+            dims=(key_dim, values.shape[-1]),
+        )
+
+    @property
+    def n_tokens(self) -> int:
+        return self._layer.n_tokens
+
+    @property
+    def n_coded(self) -> int:
+        return self._layer.n_coded
+
+    @property
+    def batch(self) -> int:
+        return self._layer.batch
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        keys, values = (t if t.stride(-1) == 1 else t.contiguous() for t in (keys, values))
+        self._layer.append(keys, values)
+
+    def compress(self) -> None:
+        self._layer.compress(torch.get_num_threads())
+
+    def read(self, room: int = 0) -> tuple[Tensor, Tensor]:
+        n_heads, key_dim, value_dim = self._dims
+        length = self.n_tokens + room
+        keys = torch.empty(self.batch, n_heads, length, key_dim, dtype=self._dtype)
+        values = torch.empty(self.batch, n_heads, length, value_dim, dtype=self._dtype)
+        if self.n_tokens:
+            self._layer.read(keys, values, torch.get_num_threads())
+        return keys, values
+
+    @property
+    def can_attend(self) -> bool:
+        return self._layer.can_attend
+
+    def attend(
+        self,
+        queries: Tensor,
+        *,
+        n_tokens: int,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None = None,
+        sink_scores: Tensor | None = None,
+    ) -> Tensor:
+        """Attention from the packed blocks: queries [B, Hq, q, D] to [B, q, Hq, D].
+
+        Args:
+            n_tokens: as many as the caller has seen; with another number held it is refused.
+            mask: bool [1 or B, 1, q, n_tokens], True = seen; None is causal, the last query at the last token.
+        """
+        batch, n_query_heads, n_queries, _ = queries.shape
+        out = torch.empty(batch, n_queries, n_query_heads, self._dims[2], dtype=self._dtype)
+        self._layer.attend(
+            queries if queries.stride(-1) == 1 else queries.contiguous(),
+            out,
+            n_tokens=n_tokens,
+            mask=None if mask is None else mask[:, 0].contiguous().view(torch.uint8),
+            scaling=scaling,
+            softcap=softcap,
+            sink_scores=None if sink_scores is None else sink_scores.float().tolist(),
+            n_threads=torch.get_num_threads(),
+        )
+        return out
+
+    def crop(self, n_tokens: int) -> None:
+        self._layer.crop(n_tokens)
+
+    def select(self, rows: list[int]) -> None:
+        self._layer.select(rows)
+
+    def memory_use(self) -> tuple[int, int]:
+        return self._layer.memory_use()
+
+    def copy(self) -> NativeStore:
+        twin = object.__new__(NativeStore)
+        twin.__dict__.update(self.__dict__)
+        twin._layer = self._layer.copy()
+        return twin
+
+    def mark(self) -> int:
+        return self.n_tokens
+
+    def return_to(self, mark: int) -> None:
+        # What was appended is still in the tail, as no call codes a part of what is due: nothing is lost with it.
+        self._layer.crop(self.n_tokens - mark)
