@@ -67,7 +67,7 @@ bench: setup ## Rust benches, then benches/*.py
 fuzz: ## fuzz TARGET=name (all in turn without) for SECONDS=60 with libFuzzer and AddressSanitizer
 	@scripts/fuzz $(if $(SECONDS),$(SECONDS),60) $(TARGET)
 
-asan: ## the Rust tests with AddressSanitizer
+asan: setup ## the Rust and the Python tests with AddressSanitizer
 	@scripts/asan
 
 lock: $(VENV)/.uv ## newest packages within python/requirements/*.in

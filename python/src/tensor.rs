@@ -52,6 +52,11 @@ impl Dtype {
     }
 }
 
+/// What Python prints for it. An error, Ctrl-C being one, is handed on: `to_string` would swallow it.
+fn name_of(object: &Bound<'_, PyAny>) -> PyResult<String> {
+    Ok(object.str()?.to_string_lossy().into_owned())
+}
+
 /// A torch tensor's memory, valid while the Python object that it was taken from is alive.
 pub(crate) struct RawTensor<'py> {
     address: usize,
@@ -65,7 +70,7 @@ impl<'py> RawTensor<'py> {
     pub(crate) fn new(tensor: &Bound<'py, PyAny>, what: &str, n_dims: usize) -> PyResult<Self> {
         let py = tensor.py();
         if !tensor.getattr(intern!(py, "is_cpu"))?.extract::<bool>()? {
-            let device = tensor.getattr(intern!(py, "device"))?;
+            let device = name_of(&tensor.getattr(intern!(py, "device"))?)?;
             return Err(exception(
                 "DeviceError",
                 format!("{what} are on {device}, the native code works on the cpu"),
@@ -88,13 +93,13 @@ impl<'py> RawTensor<'py> {
     pub(crate) fn dtype(&self) -> PyResult<Dtype> {
         match Dtype::of(&self.dtype)? {
             Some(dtype) => Ok(dtype),
-            None => Dtype::from_name(&self.dtype.to_string()),
+            None => Dtype::from_name(&name_of(&self.dtype)?),
         }
     }
 
     /// Refuses every dtype but `name` (as torch prints it, without `torch.`).
     pub(crate) fn expect_dtype(&self, what: &str, name: &str) -> PyResult<()> {
-        let given = self.dtype.to_string();
+        let given = name_of(&self.dtype)?;
         if given.trim_start_matches("torch.") == name {
             return Ok(());
         }
