@@ -33,7 +33,7 @@ static CODINGS: LazyLock<[Coding; 6]> = LazyLock::new(|| {
             mean: vec![mean; DIM],
             synthesis: (0..DIM * DIM).map(|i| if i % (DIM + 1) == 0 { 1.0 } else { 0.03 }).collect(),
             importance: vec![1.0; DIM],
-            widths: (0..DIM).map(|i| WIDTHS[3 - i % 4]).collect(),
+            widths: (0..DIM).map(|i| WIDTHS[5 - i % 6]).collect(),
         });
         Coding::Blocks(Arc::new(StreamSet::new(&bases, rope, block_len).expect("a codec")))
     };

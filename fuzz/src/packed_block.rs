@@ -1,9 +1,10 @@
 //! Packed blocks: any activations to bytes and back, and any bytes decoded, scored and summed. Every instruction set
 //! gives the same bits, and errors are within what the sizes of the terms allow.
 
-use kvlathe::codec::gain::{GUARD_SCALES, MAX_MAGNITUDE, unpack_side};
+use kvlathe::codec::gain::{BlockGain, GUARD_SCALES, MAX_MAGNITUDE};
 use kvlathe::codec::{
-    CoefficientSums, Isa, Queries, Scratch, StreamTables, Tokens, Width, available_isas, reference,
+    CoefficientSums, DRIFT_STEP, Isa, Queries, Scratch, StreamTables, Tokens, Width, available_isas,
+    reference, side_bytes,
 };
 
 use crate::source::{Source, Stream};
@@ -85,7 +86,8 @@ fn check_coding(stream: &Stream, x: &[f32], first: i64) {
 /// Gain and error of one token, in the block's frame.
 fn check_token(tables: &StreamTables, token: &[f64], packed: &[u8], t: usize) {
     let (d, n, n_coded) = (tables.head_dim(), tables.block_len(), tables.n_coded());
-    let (gain, scale) = unpack_side(u16::from_le_bytes([packed[2 * t], packed[2 * t + 1]]));
+    let block = block_gain(packed);
+    let (gain, scale) = block.unpack_side(packed[2 + t]);
     let (gain, scale) = (f64::from(gain), f64::from(scale));
     let size = (token.iter().map(|v| v * v).sum::<f64>() / d as f64).sqrt();
     // 2⁻⁶³ is the least gain there is.
@@ -93,17 +95,18 @@ fn check_token(tables: &StreamTables, token: &[f64], packed: &[u8], t: usize) {
         return;
     }
     let ratio = (gain / size).log2().abs();
-    assert!(ratio <= 1.0 / 64.0 + 1e-5, "a gain of {gain} for a size of {size}");
+    let spacing = f64::from(1 << block.spacing);
+    assert!(ratio <= (0.5 * spacing + 0.5) / 32.0 + 1e-5, "a gain of {gain} for a size of {size}");
 
     // The smallest guard that clips nothing leaves half a step; what the encoder chose is no worse in sum.
-    let levels = levels(tables, packed, t);
+    let (levels, drift) = (levels(tables, packed, t), drift(tables, packed));
     let (mut largest, mut terms) = (0.0f64, Vec::new());
-    for (i, width) in tables.coded_widths().enumerate() {
+    for (i, width) in tables.coded_widths().take(n_coded).enumerate() {
         let row = &tables.analysis()[i * d..(i + 1) * d];
         let products = row.iter().zip(token).map(|(a, x)| f64::from(*a) * x / gain);
         let mean = f64::from(tables.coded_mean()[i * n + t]);
-        let slack = FLOAT * (products.clone().map(f64::abs).sum::<f64>() + mean.abs());
-        let z = products.sum::<f64>() - mean;
+        let slack = FLOAT * (products.clone().map(f64::abs).sum::<f64>() + mean.abs() + drift[i].abs());
+        let z = products.sum::<f64>() - mean - drift[i];
         largest = largest.max((z.abs() + slack) / width.half_levels() as f64);
         terms.push((f64::from(tables.step_cost()[i]), z - scale * levels[i], slack));
     }
@@ -116,18 +119,41 @@ fn check_token(tables: &StreamTables, token: &[f64], packed: &[u8], t: usize) {
     assert!(cost <= 1.001 * most + floor || most > 1e38, "token {t}: a cost of {cost}, at most {most}");
 }
 
-/// Levels of one token's coefficients.
+fn block_gain(packed: &[u8]) -> BlockGain {
+    BlockGain::unpack(u16::from_le_bytes([packed[0], packed[1]]))
+}
+
+/// The drift of all coefficients, in steps.
+fn drift(tables: &StreamTables, packed: &[u8]) -> Vec<f64> {
+    let (d, n) = (tables.head_dim(), tables.block_len());
+    let half = d.div_ceil(2);
+    let bytes = &packed[2 + n..2 + n + half];
+    let code = |i: usize| if i < half { bytes[i] & 15 } else { bytes[i - half] >> 4 };
+    tables
+        .coded_widths()
+        .enumerate()
+        .map(|(i, width)| (f64::from(code(i)) - 8.0) * f64::from(DRIFT_STEP / width.step()))
+        .collect()
+}
+
+/// Levels of one token's coefficients that have rows.
 fn levels(tables: &StreamTables, packed: &[u8], t: usize) -> Vec<f64> {
     let n = tables.block_len();
-    let mut row = 2 * n;
+    let mut row = side_bytes(tables.head_dim(), n);
+    // Bits of the token's code in a row of `bits` that begins at `at`.
+    let run = |bits: usize, at: usize| {
+        let len = n * bits / 8;
+        u32::from(packed[at + t % len]) >> (bits * (t / len)) & ((1 << bits) - 1)
+    };
     let level = |width: Width| {
-        let len = n * width.bits() / 8;
-        let byte = packed[row + t % len];
-        row += len;
-        let code = u32::from(byte) >> (width.bits() * (t / len)) & ((1 << width.bits()) - 1);
+        let code = match width {
+            Width::W3 => run(2, row) | run(1, row + n / 4) << 2,
+            _ => run(width.bits(), row),
+        };
+        row += n * width.bits() / 8;
         f64::from(code) + 0.5 - width.half_levels() as f64
     };
-    tables.coded_widths().map(level).collect()
+    tables.coded_widths().take(tables.n_coded()).map(level).collect()
 }
 
 /// All blocks decoded, turned forward: `[tokens, head_dim]`.
@@ -153,10 +179,16 @@ fn check_decoding(stream: &Stream, blocks: &[&[u8]], first: i64) -> Vec<f32> {
 
 /// Length of each column of the synthesis times its largest level: how much a coefficient can bring.
 fn column_sizes(tables: &StreamTables) -> Vec<(f64, f64)> {
-    let (d, n_coded) = (tables.head_dim(), tables.n_coded());
+    let d = tables.head_dim();
     let widths = tables.coded_widths().enumerate();
-    let norm = |i: usize| norm((0..d).map(|j| tables.synthesis()[j * n_coded + i]));
+    let norm = |i: usize| norm((0..d).map(|j| tables.synthesis()[j * d + i]));
     widths.map(|(i, width)| (norm(i), width.half_levels() as f64)).collect()
+}
+
+/// The most that drift can add to a shape.
+fn drift_size(tables: &StreamTables) -> f64 {
+    let columns = column_sizes(tables).into_iter().zip(tables.drift_units());
+    columns.map(|((norm, _), unit)| 8.0 * norm * f64::from(*unit)).sum()
 }
 
 fn norm(values: impl Iterator<Item = f32>) -> f64 {
@@ -165,11 +197,13 @@ fn norm(values: impl Iterator<Item = f32>) -> f64 {
 
 /// Gain and step factor of each token of some blocks.
 fn sides(tables: &StreamTables, blocks: &[&[u8]]) -> Vec<(f64, f64)> {
-    let words = blocks.iter().flat_map(|block| block[..2 * tables.block_len()].chunks_exact(2));
-    words
-        .map(|word| unpack_side(u16::from_le_bytes([word[0], word[1]])))
-        .map(|(g, s)| (g.into(), s.into()))
-        .collect()
+    let sides = |block: &&[u8]| {
+        let gain = block_gain(block);
+        let (gains, scales): (Vec<f32>, Vec<f32>) =
+            block[2..2 + tables.block_len()].iter().map(|&side| gain.unpack_side(side)).unzip();
+        gains.into_iter().map(f64::from).zip(scales.into_iter().map(f64::from)).collect::<Vec<_>>()
+    };
+    blocks.iter().flat_map(sides).collect()
 }
 
 fn check_scores(stream: &Stream, blocks: &[&[u8]], first: i64, queries: &[f32], tokens: &[f32]) {
@@ -190,6 +224,9 @@ fn check_scores(stream: &Stream, blocks: &[&[u8]], first: i64, queries: &[f32], 
     let levels: f64 = columns.iter().map(|(_, level)| level).sum();
     let largest_projected = NORM.min(2.14e9 / (2.0 * levels).max(1.0));
     let mean = norm((0..d).map(|j| tables.shape_mean()[j * n + n / 2]));
+    // Of the drift's part only the query's rounding counts, beside float32.
+    let drift = drift_size(tables);
+    let drift_rounded = drift * 2.0 * ((d as f64).sqrt() + 1.0) / NORM;
     for (query, scores) in queries.chunks_exact(d).zip(scores.chunks_exact(blocks.len() * n)) {
         let length = norm(query.iter().copied());
         let sides = sides(tables, blocks);
@@ -198,10 +235,11 @@ fn check_scores(stream: &Stream, blocks: &[&[u8]], first: i64, queries: &[f32], 
             // Query and column are rounded to integers, then their product; the rest is float32.
             let rounded = scale * terms * 2.0 * ((d as f64).sqrt() + 1.0) / NORM
                 + scale * longest * levels * 1.1 / largest_projected;
-            let most =
-                gain * (length * (rounded + FLOAT * (scale * terms + mean)) + 1e-18 * (scale * terms + mean));
+            let most = gain
+                * (length * (rounded + drift_rounded + FLOAT * (scale * terms + mean + drift))
+                    + 1e-18 * (scale * terms + mean + drift));
             let error = (f64::from(*score) - expected).abs();
-            let overflows = gain * length * (scale * terms + mean) > 1e37;
+            let overflows = gain * length * (scale * terms + mean + drift) > 1e37;
             assert!(error <= most + 1e-30 || overflows, "a score of {score} for {expected}, within {most}");
         }
     }
@@ -219,11 +257,12 @@ fn check_sums(tables: &StreamTables, blocks: &[&[u8]], weights: &[f32], tokens: 
     });
     let terms: f64 = column_sizes(tables).iter().map(|(norm, level)| norm * level).sum();
     let mean = norm((0..d).map(|j| tables.shape_mean()[j * tables.block_len() + tables.block_len() / 2]));
-    let sides = sides(tables, blocks);
+    let (sides, drift) = (sides(tables, blocks), drift_size(tables));
     for (weights, sums) in weights.chunks_exact(n_tokens).zip(sums.chunks_exact(d)) {
         let weighted = || weights.iter().zip(&sides).map(|(w, (gain, scale))| f64::from(*w) * gain * scale);
         let (largest, total) = (weighted().fold(0.0, f64::max), weighted().sum::<f64>());
-        let means: f64 = weights.iter().zip(&sides).map(|(w, (gain, _))| f64::from(*w) * gain * mean).sum();
+        let means: f64 =
+            weights.iter().zip(&sides).map(|(w, (gain, _))| f64::from(*w) * gain * (mean + drift)).sum();
         // Weights are rounded to integers; the rest is float32.
         let unit = (largest / NORM).max(total / (LARGEST_SUM - 0.5 * n_tokens as f64));
         let most = terms * (0.51 * n_tokens as f64 * unit + FLOAT * total) + FLOAT * means;

@@ -2,7 +2,7 @@
 
 use arbitrary::{Arbitrary, Unstructured};
 use half::f16;
-use kvlathe::codec::{BLOCK_LENS, Basis, Pairing, Rope, StreamTables, WIDTHS, Width};
+use kvlathe::codec::{BLOCK_LENS, Basis, Pairing, Rope, StreamTables, WIDTHS};
 
 /// Numbers that are read before they repeat: enough to be unlike each other, few enough to be found by a fuzzer.
 const POOL: usize = 29;
@@ -76,15 +76,15 @@ impl<'a> Source<'a> {
         for i in 0..d {
             synthesis[i * d + i] += scale;
         }
-        let widths = match self.below(6) {
-            at @ 0..4 => vec![WIDTHS[at]; d],
+        let widths = match self.below(8) {
+            at @ 0..6 => vec![WIDTHS[at]; d],
             _ => self.repeat(d, |s| s.one_of(&WIDTHS)),
         };
         if is_tame {
             // As calibration gives it: about the same distortion from each coded coefficient.
             for (i, value) in synthesis.iter_mut().enumerate() {
                 let width = widths[i % d];
-                *value *= if width == Width::W0 { 1.0 } else { 0.2 / width.step() };
+                *value *= 0.2 / width.step();
             }
         }
         Basis {

@@ -60,11 +60,16 @@ class Preset:
             return float(8 * self.meta["rank"] + 32) / float(self.meta["head_dim"])
         return float(self.meta["kvlathe"]["bits_per_value"])
 
+    @property
+    def side_bits_per_value(self) -> float:
+        """Bits a value that gains, guards and drift take at any rate; 0 for seed-style presets."""
+        return self.native.side_bits_per_value
+
     def with_bits(self, bits_per_value: float) -> Preset:
         """The same calibration at another rate: only widths change, and what was measured is dropped.
 
         Args:
-            bits_per_value: mean over the model, gain and guard counted: from 16 / head_dim to 8 + 16 / head_dim.
+            bits_per_value: mean over the model, side information counted: from `side_bits_per_value` to 8 bits more.
 
         Raises:
             PresetError: a seed-style preset.

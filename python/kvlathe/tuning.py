@@ -130,6 +130,11 @@ def _quality(evaluator: Evaluator, preset: Preset, what: str) -> Quality:
     return evaluator.run(*coders(CompressedDynamicCache.from_preset(preset)), what=what)
 
 
+def _most_bits(preset: Preset) -> float:
+    """The rate at which every coefficient has the widest width."""
+    return _MOST_COEFFICIENT_BITS + preset.side_bits_per_value
+
+
 def search_bits(
     preset: Preset, try_bits: Callable[[Preset], CurvePoint]
 ) -> tuple[CurvePoint | None, list[CurvePoint]]:
@@ -138,11 +143,12 @@ def search_bits(
     Returns:
         The best point (None if even 8 bits a coefficient are not within) and all points by rising rate.
     """
-    side_bits = 16.0 / float(preset.meta["head_dim"])
-    n_steps = round((_MOST_COEFFICIENT_BITS - _LEAST_COEFFICIENT_BITS) / _GRID)
+    # Rates are multiples of the grid, side information included.
+    least = math.ceil(preset.side_bits_per_value / _GRID) * _GRID + _LEAST_COEFFICIENT_BITS
+    n_steps = int((_most_bits(preset) - least) / _GRID)
 
     def bits(step: int) -> float:
-        return side_bits + _LEAST_COEFFICIENT_BITS + step * _GRID
+        return least + step * _GRID
 
     points: dict[int, CurvePoint] = {}
 
@@ -153,7 +159,7 @@ def search_bits(
 
     # Most budgets are met between 1 and 3.5 bits: bracket there first, and widen only where that fails.
     low, high = -1, n_steps
-    likely = round((3.5 - _LEAST_COEFFICIENT_BITS) / _GRID)
+    likely = round((3.5 - least) / _GRID)
     if within(likely):
         high = likely
     else:
@@ -323,7 +329,7 @@ def _verify(
     preset: Preset, best: CurvePoint, try_bits: Callable[[Preset], CurvePoint]
 ) -> tuple[Preset, CurvePoint]:
     """The search's choice, or a little more, on other text; the last one tried if nothing holds."""
-    most = _MOST_COEFFICIENT_BITS + 16.0 / float(preset.meta["head_dim"])
+    most = _most_bits(preset)
     for steps in _RAISES:
         candidate = preset.with_bits(min(most, best.bits_per_value + steps * _GRID) + 1e-9)
         point = try_bits(candidate)

@@ -155,6 +155,7 @@ impl StreamSetCodec {
         tables.set_item("coded_mean", bytes_of(py, stream.coded_mean()))?;
         tables.set_item("shape_mean", bytes_of(py, stream.shape_mean()))?;
         tables.set_item("step_cost", bytes_of(py, stream.step_cost()))?;
+        tables.set_item("drift_units", bytes_of(py, stream.drift_units()))?;
         Ok(tables)
     }
 

@@ -94,13 +94,13 @@ impl Preset {
     /// Reads a `.json` or `.safetensors` preset.
     #[staticmethod]
     fn read(path: std::path::PathBuf) -> PyResult<Self> {
-        PresetData::read(path).map(Self).map_err(to_python)
+        PresetData::read(path).map(kvlathe::upgraded).map(Self).map_err(to_python)
     }
 
     /// Reads a preset from the bytes of its file.
     #[staticmethod]
     fn from_bytes(bytes: &[u8]) -> PyResult<Self> {
-        PresetData::from_bytes(bytes).map(Self).map_err(to_python)
+        PresetData::from_bytes(bytes).map(kvlathe::upgraded).map(Self).map_err(to_python)
     }
 
     /// Writes the preset; the extension chooses the format.
@@ -146,6 +146,13 @@ impl Preset {
             "kvlathe": lathe,
         })
         .to_string()
+    }
+
+    /// Bits a value that gains, guards and drift take at any rate; 0 for seed presets.
+    #[getter]
+    fn side_bits_per_value(&self) -> f64 {
+        let head_dim = self.0.meta().head_dim;
+        self.0.lathe().map_or(0.0, |lathe| kvlathe::side_bits_per_value(head_dim, lathe.block_len))
     }
 
     /// The same preset at another rate, in bits a value with side information.

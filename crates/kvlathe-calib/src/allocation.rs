@@ -17,7 +17,7 @@ pub struct Allocation {
 
 /// Minimises Σ λᵢ·D(bᵢ) subject to mean(bᵢ) ≤ `mean_bits`.
 ///
-/// D is convex over the widths {0, 2, 4, 8}, so taking the upgrades in order of what they save a bit is optimal up to
+/// D is convex over the widths {0, 1, 2, 3, 4, 8}, so taking the upgrades in order of what they save a bit is optimal up to
 /// the last one. Ties go to the earlier coefficient, so the result is the same everywhere.
 ///
 /// # Errors
@@ -60,8 +60,9 @@ mod tests {
         for budget in 0..=32 {
             let got = allocate(&importances, f64::from(budget) / 4.0).unwrap();
             // Every allocation that costs as many bits or fewer is at least as bad.
-            for code in 0..256usize {
-                let widths: Vec<Width> = (0..4).map(|i| WIDTHS[(code >> (2 * i)) & 3]).collect();
+            for code in 0..WIDTHS.len().pow(4) {
+                let widths: Vec<Width> =
+                    (0..4).map(|i| WIDTHS[code / WIDTHS.len().pow(i) % WIDTHS.len()]).collect();
                 let bits: usize = widths.iter().map(|w| w.bits()).sum();
                 let cost: f64 =
                     importances.iter().zip(&widths).map(|(&l, w)| f64::from(l) * w.distortion()).sum();

@@ -1,10 +1,11 @@
 //! Attention's two products with packed blocks, in the coefficient domain: nothing is expanded.
 //!
-//! With levels u (codes as numbers), step factor s, gain γ, synthesis S, mean table m = R(δ)·μ of a block:
+//! With levels u (codes as numbers), drift w, step factor s, gain γ, synthesis S, mean table m = R(δ)·μ of a block:
 //!
-//! * **score** of a query q, turned to the block's frame: q·x̂ = γ·(q·m + s·(Sᵀq)·u). Sᵀq is computed once a block.
-//! * **accumulation** with weights p: Σₜ pₜ·x̂ₜ = S·(Σₜ pₜγₜsₜ·uₜ) + μ·Σₜ pₜγₜ. The bracket is what is summed, over all
-//!   blocks; S is applied once at the end. Values are not rotated, so their mean is one vector.
+//! * **score** of a query q, turned to the block's frame: q·x̂ = γ·(q·m + (Sᵀq)·w + s·(Sᵀq)·u). Sᵀq is computed once a
+//!   block, and so is its product with the drift.
+//! * **accumulation** with weights p: Σₜ pₜ·x̂ₜ = S·(Σₜ pₜγₜsₜ·uₜ + w·Σₜ pₜγₜ) + μ·Σₜ pₜγₜ. The bracket is what is summed,
+//!   over all blocks; S is applied once at the end. Values are not rotated, so their mean is one vector.
 //!
 //! Levels are small integers, so the long products run on 16-bit integers: q, Sᵀq and pₜγₜsₜ are rounded to that. The
 //! error of a score is below 10⁻⁴·‖q‖·‖x̂‖ where coded coefficients suffer about the same distortion, as calibrated ones
@@ -22,10 +23,10 @@ use crate::rope::RotationWalk;
 /// Most tokens that [`StreamTables::accumulate_blocks`] takes at once: their levels stay in the first-level cache.
 pub const MAX_TOKENS_AT_ONCE: usize = 1024;
 
-/// Σ p·γ·s·u of several queries, and the weight of the mean.
+/// Σ p·γ·(s·u + w) of several queries, and the weight of the mean.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CoefficientSums {
-    /// `[n_queries, n_coded]`.
+    /// `[n_queries, head_dim]`.
     pub(crate) sums: Vec<f32>,
     /// `[n_queries]`: Σ p·γ.
     pub(crate) mean_weights: Vec<f32>,
@@ -35,7 +36,7 @@ impl CoefficientSums {
     /// Zero.
     #[must_use]
     pub fn new(tables: &StreamTables, n_queries: usize) -> Self {
-        Self { sums: vec![0.0; n_queries * tables.n_coded()], mean_weights: vec![0.0; n_queries] }
+        Self { sums: vec![0.0; n_queries * tables.head_dim], mean_weights: vec![0.0; n_queries] }
     }
 
     pub(crate) fn n_queries(&self) -> usize {
@@ -108,10 +109,10 @@ impl StreamTables {
     ) -> Result<()> {
         let (n_queries, n_tokens) = (sums.n_queries(), blocks.len() * self.block_len);
         check_len("the weights", weights.len(), n_queries * n_tokens)?;
-        check_len("the sums", sums.sums.len(), n_queries * self.n_coded())?;
+        check_len("the sums", sums.sums.len(), n_queries * self.head_dim)?;
         check_len("tokens beyond the most at once", n_tokens.saturating_sub(MAX_TOKENS_AT_ONCE), 0)?;
         self.check_blocks(blocks)?;
-        scratch.fit_sums(n_queries, n_tokens)?;
+        scratch.fit_sums(self, n_queries, blocks.len())?;
         kernels::accumulate(isa, self, blocks, weights, sums, scratch);
         Ok(())
     }

@@ -13,6 +13,13 @@ pub const BLOCK_LENS: [usize; 6] = [8, 16, 32, 64, 128, 256];
 /// Largest head_dim the codec accepts.
 pub const MAX_HEAD_DIM: usize = 1024;
 
+/// One level of drift, in standard deviations of a coefficient; levels go from −8 to 7.
+pub const DRIFT_STEP: f32 = 0.1875;
+/// Levels below none.
+pub(crate) const DRIFT_HALF: usize = 8;
+/// What a token may add to its block's drift, in standard deviations: an outlier must not move the others.
+pub(crate) const DRIFT_REACH: f32 = 4.0;
+
 /// Coefficients are padded to a multiple of this where they lie across vectors: sixteen f32 fill an AVX-512 register.
 const PADDING: usize = 16;
 
@@ -33,36 +40,37 @@ pub struct Basis {
     pub widths: Vec<Width>,
 }
 
-/// One coefficient that is stored, in the order of storage.
+/// One coefficient, in the order of storage.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Coded {
+pub(crate) struct Coefficient {
     /// Its column in the synthesis matrix.
     pub(crate) column: usize,
-    /// Its width, never [`Width::W0`].
     pub(crate) width: Width,
 }
 
 /// A basis made ready for coding blocks of a fixed length.
 ///
-/// All tables are scaled so that coefficients are counted in quantiser steps.
+/// All tables are scaled so that coefficients are counted in quantiser steps ([`Width::step`]).
 #[derive(Debug, Clone)]
 pub struct StreamTables {
     pub(crate) head_dim: usize,
     pub(crate) block_len: usize,
-    /// Stored coefficients: widths fall, then columns rise.
-    pub(crate) coded: Vec<Coded>,
-    /// How many coefficients have eight, four and two bits; they are stored in that order.
-    pub(crate) rows_of_width: [usize; 3],
-    /// `[n_coded, head_dim]`: rows of V⁻¹, divided by the step.
+    /// All coefficients: widths fall, then columns rise. Those of width 0, which have drift only, come last.
+    pub(crate) coefficients: Vec<Coefficient>,
+    /// How many coefficients have eight, four, three, two bits and one; they are stored in that order.
+    pub(crate) rows_of_width: [usize; 5],
+    /// `[head_dim, head_dim]`: rows of V⁻¹, divided by the step.
     pub(crate) analysis: Vec<f32>,
-    /// `[head_dim, n_coded]`: columns of V, times the step.
+    /// `[head_dim, head_dim]`: columns of V, times the step.
     pub(crate) synthesis: Vec<f32>,
-    /// `[n_coded, block_len]`: V⁻¹·R(δ)·μ in steps.
+    /// `[head_dim, block_len]`: V⁻¹·R(δ)·μ in steps.
     pub(crate) coded_mean: Vec<f32>,
     /// `[head_dim, block_len]`: R(δ)·μ.
     pub(crate) shape_mean: Vec<f32>,
-    /// `[n_coded]`: cost of a squared error of one step, λᵢ·Δᵢ².
+    /// `[head_dim]`: cost of a squared error of one step, λᵢ·Δᵢ².
     pub(crate) step_cost: Vec<f32>,
+    /// `[n_padded]`: what one level of drift is, in steps of each coefficient.
+    pub(crate) drift_units: Vec<f32>,
     pub(crate) rope: Option<Rope>,
     query_tables: OnceLock<QueryTables>,
 }
@@ -78,34 +86,34 @@ impl StreamTables {
         check_basis(basis, rope, block_len)?;
         let inverse = linalg::inverse(&basis.synthesis, d).ok_or(CodecError::SingularBasis)?;
 
-        let mut coded: Vec<Coded> = (0..d)
-            .filter(|&i| basis.widths[i] != Width::W0)
-            .map(|column| Coded { column, width: basis.widths[column] })
-            .collect();
-        coded.sort_by_key(|c| (std::cmp::Reverse(c.width), c.column));
+        let mut coefficients: Vec<Coefficient> =
+            (0..d).map(|column| Coefficient { column, width: basis.widths[column] }).collect();
+        coefficients.sort_by_key(|c| (std::cmp::Reverse(c.width), c.column));
 
-        let shape_mean = rotated_means(&basis.mean, rope, block_len);
-        let n_coded = coded.len();
         let mut tables = Self {
             head_dim: d,
             block_len,
-            analysis: vec![0.0; n_coded * d],
-            synthesis: vec![0.0; n_coded * d],
-            coded_mean: vec![0.0; n_coded * block_len],
-            shape_mean,
-            step_cost: coded.iter().map(|c| basis.importance[c.column] * c.width.step().powi(2)).collect(),
-            rows_of_width: [Width::W8, Width::W4, Width::W2]
-                .map(|width| coded.iter().filter(|c| c.width == width).count()),
-            coded,
+            analysis: vec![0.0; d * d],
+            synthesis: vec![0.0; d * d],
+            coded_mean: vec![0.0; d * block_len],
+            shape_mean: rotated_means(&basis.mean, rope, block_len),
+            step_cost: coefficients
+                .iter()
+                .map(|c| basis.importance[c.column] * c.width.step().powi(2))
+                .collect(),
+            drift_units: coefficients.iter().map(|c| DRIFT_STEP / c.width.step()).collect(),
+            rows_of_width: [Width::W8, Width::W4, Width::W3, Width::W2, Width::W1]
+                .map(|width| coefficients.iter().filter(|c| c.width == width).count()),
+            coefficients,
             rope: rope.cloned(),
             query_tables: OnceLock::new(),
         };
-        for (row, c) in tables.coded.iter().enumerate() {
+        tables.drift_units.resize(tables.n_padded(), 0.0);
+        for (row, c) in tables.coefficients.iter().enumerate() {
             let step = f64::from(c.width.step());
             for j in 0..d {
                 tables.analysis[row * d + j] = (inverse[c.column * d + j] / step) as f32;
-                tables.synthesis[j * n_coded + row] =
-                    (f64::from(basis.synthesis[j * d + c.column]) * step) as f32;
+                tables.synthesis[j * d + row] = (f64::from(basis.synthesis[j * d + c.column]) * step) as f32;
             }
             for t in 0..block_len {
                 let dot: f64 = (0..d)
@@ -119,7 +127,7 @@ impl StreamTables {
 
     /// Coefficients rounded up to whole vectors.
     pub(crate) fn n_padded(&self) -> usize {
-        self.coded.len().next_multiple_of(PADDING)
+        self.head_dim.next_multiple_of(PADDING)
     }
 
     /// μ of one component: at the block's middle, where nothing is turned.
@@ -145,24 +153,24 @@ impl StreamTables {
         self.block_len
     }
 
-    /// Widths of the stored coefficients, in the order of storage.
+    /// Widths of all coefficients, in the order of storage: they fall.
     pub fn coded_widths(&self) -> impl Iterator<Item = Width> {
-        self.coded.iter().map(|c| c.width)
+        self.coefficients.iter().map(|c| c.width)
     }
 
-    /// `[n_coded, head_dim]`: rows of V⁻¹, in steps.
+    /// `[head_dim, head_dim]`: rows of V⁻¹, in steps.
     #[must_use]
     pub fn analysis(&self) -> &[f32] {
         &self.analysis
     }
 
-    /// `[head_dim, n_coded]`: columns of V, times the step.
+    /// `[head_dim, head_dim]`: columns of V, times the step.
     #[must_use]
     pub fn synthesis(&self) -> &[f32] {
         &self.synthesis
     }
 
-    /// `[n_coded, block_len]`: V⁻¹·R(δ)·μ, in steps.
+    /// `[head_dim, block_len]`: V⁻¹·R(δ)·μ, in steps.
     #[must_use]
     pub fn coded_mean(&self) -> &[f32] {
         &self.coded_mean
@@ -174,16 +182,22 @@ impl StreamTables {
         &self.shape_mean
     }
 
-    /// `[n_coded]`: cost of a squared error of one step.
+    /// `[head_dim]`: cost of a squared error of one step.
     #[must_use]
     pub fn step_cost(&self) -> &[f32] {
         &self.step_cost
     }
 
-    /// Coefficients that are stored, at most `head_dim`.
+    /// `[head_dim]`: what one level of a block's drift is, in steps.
+    #[must_use]
+    pub fn drift_units(&self) -> &[f32] {
+        &self.drift_units[..self.head_dim]
+    }
+
+    /// Coefficients that have a row of codes, at most `head_dim`; the rest follow them and have drift only.
     #[must_use]
     pub fn n_coded(&self) -> usize {
-        self.coded.len()
+        self.rows_of_width.iter().sum()
     }
 }
 

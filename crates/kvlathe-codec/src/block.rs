@@ -1,21 +1,32 @@
 //! The packed block: how one stream's codes for `block_len` tokens lie in memory.
 //!
 //! ```text
-//! side   block_len × u16 little-endian     gain code | guard code << 12, by token
+//! head   u16 little-endian                  block gain code | spacing code << 12
+//! side   block_len bytes                    gain fall | guard code << 4, by token
+//! drift  ⌈head_dim/2⌉ bytes                 four bits a coefficient
 //! rows   n₈ rows of block_len bytes         codes of width 8, one coefficient a row
 //!        n₄ rows of block_len/2 bytes       codes of width 4
+//!        n₃ rows of block_len·3/8 bytes     codes of width 3
 //!        n₂ rows of block_len/4 bytes       codes of width 2
+//!        n₁ rows of block_len/8 bytes       codes of width 1
 //! ```
 //!
 //! Coefficients are stored in [`StreamTables`] order. Within a row of width w, byte j holds the tokens
 //! j, j + B·w/8, j + 2·B·w/8 … from its low bits up, so that masking and shifting whole vectors of bytes yields runs
-//! of consecutive tokens.
+//! of consecutive tokens. A row of width 3 is one of width 2, the low bits, and one of width 1, the high ones.
 
 use crate::basis::StreamTables;
+use crate::gain::BlockGain;
 use crate::width::Width;
 
-/// Bytes of side information a token and stream.
-pub const SIDE_BYTES_PER_TOKEN: usize = 2;
+/// Bytes in front of the tokens' side information.
+pub(crate) const HEAD_BYTES: usize = 2;
+
+/// Bytes of a packed block of one stream beside its rows: gains, guards, drift.
+#[must_use]
+pub const fn side_bytes(head_dim: usize, block_len: usize) -> usize {
+    HEAD_BYTES + block_len + head_dim.div_ceil(2)
+}
 
 /// Bytes of one coefficient's row.
 #[must_use]
@@ -27,55 +38,104 @@ impl StreamTables {
     /// Bytes of one packed block of this stream, side information included.
     #[must_use]
     pub fn block_bytes(&self) -> usize {
-        let rows: usize = self.coded.iter().map(|c| row_bytes(c.width, self.block_len)).sum();
-        self.block_len * SIDE_BYTES_PER_TOKEN + rows
+        let rows: usize = self.coded_widths().map(|width| row_bytes(width, self.block_len)).sum();
+        self.rows_at() + rows
+    }
+
+    /// Where the rows begin.
+    pub(crate) fn rows_at(&self) -> usize {
+        side_bytes(self.head_dim, self.block_len)
+    }
+}
+
+/// A packed block taken apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Parts<'a> {
+    pub(crate) gain: BlockGain,
+    /// `[block_len]`.
+    pub(crate) side: &'a [u8],
+    /// `[⌈head_dim/2⌉]`.
+    pub(crate) drift: &'a [u8],
+    pub(crate) rows: &'a [u8],
+}
+
+impl<'a> Parts<'a> {
+    #[inline(always)]
+    pub(crate) fn of(tables: &StreamTables, packed: &'a [u8]) -> Self {
+        let (head, rest) = packed.split_at(HEAD_BYTES);
+        let (side, rest) = rest.split_at(tables.block_len);
+        let (drift, rows) = rest.split_at(tables.head_dim.div_ceil(2));
+        Self { gain: BlockGain::unpack(u16::from_le_bytes([head[0], head[1]])), side, drift, rows }
+    }
+}
+
+/// Packs the drift codes `[head_dim]`, below 16: byte j holds those of the coefficients j and j + ⌈head_dim/2⌉.
+#[inline(always)]
+pub(crate) fn pack_drift(codes: &[u8], packed: &mut [u8]) {
+    let (low, high) = codes.split_at(packed.len());
+    packed.copy_from_slice(low);
+    for j in 0..high.len() {
+        packed[j] |= high[j] << 4;
+    }
+}
+
+/// The drift code of one coefficient.
+#[inline(always)]
+pub(crate) fn drift_code(packed: &[u8], coefficient: usize) -> u8 {
+    let n = packed.len();
+    if coefficient < n { packed[coefficient] & 15 } else { packed[coefficient - n] >> 4 }
+}
+
+/// Codes of `bits` bits, those of a byte `row.len()` tokens apart.
+#[inline(always)]
+fn pack_runs(bits: usize, codes: &[u8], shift: usize, row: &mut [u8]) {
+    let n = row.len();
+    let mask = (1u16 << bits).wrapping_sub(1) as u8;
+    row.fill(0);
+    for (k, run) in codes.chunks_exact(n).enumerate() {
+        for j in 0..n {
+            row[j] |= ((run[j] >> shift) & mask) << (bits * k);
+        }
+    }
+}
+
+/// Adds what [`pack_runs`] has packed to `codes`.
+#[inline(always)]
+fn unpack_runs(bits: usize, row: &[u8], shift: usize, codes: &mut [u8]) {
+    let n = row.len();
+    let mask = (1u16 << bits).wrapping_sub(1) as u8;
+    for (k, run) in codes.chunks_exact_mut(n).enumerate() {
+        for j in 0..n {
+            run[j] |= ((row[j] >> (bits * k)) & mask) << shift;
+        }
     }
 }
 
 /// Packs one row: `codes[t]` is the code of token t, below `2^width`.
 #[inline(always)]
 pub fn pack_row(width: Width, codes: &[u8], row: &mut [u8]) {
-    let n = row.len();
     match width {
         Width::W0 => {}
-        Width::W2 => {
-            let (c0, rest) = codes.split_at(n);
-            let (c1, rest) = rest.split_at(n);
-            let (c2, c3) = rest.split_at(n);
-            for j in 0..n {
-                row[j] = c0[j] | (c1[j] << 2) | (c2[j] << 4) | (c3[j] << 6);
-            }
+        Width::W3 => {
+            let (low, high) = row.split_at_mut(codes.len() / 4);
+            pack_runs(2, codes, 0, low);
+            pack_runs(1, codes, 2, high);
         }
-        Width::W4 => {
-            let (c0, c1) = codes.split_at(n);
-            for j in 0..n {
-                row[j] = c0[j] | (c1[j] << 4);
-            }
-        }
-        Width::W8 => row.copy_from_slice(codes),
+        Width::W1 | Width::W2 | Width::W4 | Width::W8 => pack_runs(width.bits(), codes, 0, row),
     }
 }
 
 /// Unpacks one row into `codes`, one byte a token.
 #[inline(always)]
 pub fn unpack_row(width: Width, row: &[u8], codes: &mut [u8]) {
-    let n = row.len();
+    codes.fill(0);
     match width {
         Width::W0 => {}
-        Width::W2 => {
-            for (k, run) in codes.chunks_exact_mut(n).enumerate() {
-                for j in 0..n {
-                    run[j] = (row[j] >> (2 * k)) & 3;
-                }
-            }
+        Width::W3 => {
+            let (low, high) = row.split_at(codes.len() / 4);
+            unpack_runs(2, low, 0, codes);
+            unpack_runs(1, high, 2, codes);
         }
-        Width::W4 => {
-            let (c0, c1) = codes.split_at_mut(n);
-            for j in 0..n {
-                c0[j] = row[j] & 15;
-                c1[j] = row[j] >> 4;
-            }
-        }
-        Width::W8 => codes.copy_from_slice(row),
+        Width::W1 | Width::W2 | Width::W4 | Width::W8 => unpack_runs(width.bits(), row, 0, codes),
     }
 }

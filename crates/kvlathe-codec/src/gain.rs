@@ -1,8 +1,9 @@
-//! Side information of a token: its gain and its guard, together 16 bits a token and stream.
+//! Side information of a token: its gain and its guard, together eight bits a token and stream.
 //!
-//! * **Gain.** γ = ‖x‖ / √d, coded in twelve bits on a log scale, 1/32 octave a step. The shape is x divided by the
-//!   *decoded* gain, so rounding the gain is no error by itself: it only changes the shape's norm by at most 1.1 %,
-//!   and the coefficients absorb that.
+//! * **Gain.** γ = ‖x‖ / √d, coded on a log scale. A block states its largest gain, in 1/32 octaves, and how far apart the
+//!   gains below it lie ([`BlockGain`]); a token says how many of those spacings it falls below the largest, in four bits.
+//!   Spacings are the least that reach the block's smallest gain. The shape is x divided by the *decoded* gain, so rounding
+//!   the gain is no error by itself: it only changes the shape's norm, and the coefficients absorb that.
 //! * **Guard.** A factor on the token's quantiser steps, one of [`GUARD_SCALES`]. A token with an outlying coefficient
 //!   takes larger steps instead of clipping.
 
@@ -16,6 +17,10 @@ const GAIN_CODES_PER_OCTAVE: f64 = 32.0;
 const GAIN_CODE_OF_ONE: i32 = 2048;
 /// Largest gain code. Code zero stands for the zero vector.
 const MAX_GAIN_CODE: i32 = 4095;
+
+/// The largest fall below a block's gain that a token can state; the next code is the zero vector's.
+const MAX_FALL: u16 = 14;
+pub(crate) const FALL_OF_ZERO: u8 = 15;
 
 /// The factors by which a token's steps may be scaled, by guard code.
 ///
@@ -85,17 +90,78 @@ pub fn gain(code: u16) -> f32 {
     if code == 0 { 0.0 } else { gain }
 }
 
-/// Side information as stored: gain code in the low twelve bits, guard code in the high four.
-#[must_use]
-pub const fn pack_side(gain_code: u16, guard_code: u8) -> u16 {
-    gain_code | ((guard_code as u16) << 12)
+/// What a block says of its tokens' gains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockGain {
+    /// Code of the block's largest gain, in twelve bits.
+    pub code: u16,
+    /// A fall counts 2^spacing gain codes; four bits.
+    pub spacing: u8,
 }
 
-/// Gain γ̂ and step factor of a stored side word.
+impl BlockGain {
+    /// For tokens with these gain codes: the least spacing with which the smallest of them, zero vectors aside, can be
+    /// stated.
+    #[must_use]
+    #[inline(always)]
+    pub fn of(codes: &[u16]) -> Self {
+        let (mut largest, mut smallest) = (0u16, MAX_GAIN_CODE as u16);
+        for &code in codes {
+            largest = largest.max(code);
+            smallest = smallest.min(if code == 0 { MAX_GAIN_CODE as u16 } else { code });
+        }
+        let range = largest.saturating_sub(smallest);
+        let mut spacing = 0;
+        while MAX_FALL << spacing < range {
+            spacing += 1;
+        }
+        Self { code: largest, spacing }
+    }
+
+    /// How far a token falls below the block's gain, rounded.
+    #[must_use]
+    #[inline(always)]
+    pub fn fall(self, code: u16) -> u8 {
+        let below = self.code - code.min(self.code);
+        let fall = (below + ((1 << self.spacing) >> 1)) >> self.spacing;
+        if code == 0 { FALL_OF_ZERO } else { fall.min(MAX_FALL) as u8 }
+    }
+
+    /// The gain γ̂ of a token.
+    #[must_use]
+    #[inline(always)]
+    pub fn gain(self, fall: u8) -> f32 {
+        let code = i32::from(self.code) - (i32::from(fall) << self.spacing);
+        if fall == FALL_OF_ZERO { 0.0 } else { gain(code.max(1) as u16) }
+    }
+
+    /// As stored in front of a block.
+    #[must_use]
+    #[inline(always)]
+    pub fn pack(self) -> u16 {
+        self.code | (u16::from(self.spacing) << 12)
+    }
+
+    /// What is stored in front of a block.
+    #[must_use]
+    #[inline(always)]
+    pub fn unpack(head: u16) -> Self {
+        Self { code: head & 0xfff, spacing: (head >> 12) as u8 }
+    }
+
+    /// Gain γ̂ and step factor of a stored side byte.
+    #[must_use]
+    #[inline(always)]
+    pub fn unpack_side(self, side: u8) -> (f32, f32) {
+        (self.gain(side & 15), GUARD_SCALES[usize::from(side >> 4)])
+    }
+}
+
+/// A token's side information as stored: its fall in the low four bits, its guard code in the high four.
 #[must_use]
 #[inline(always)]
-pub fn unpack_side(side: u16) -> (f32, f32) {
-    (gain(side), GUARD_SCALES[usize::from(side >> 12)])
+pub const fn pack_side(fall: u8, guard_code: u8) -> u8 {
+    fall | (guard_code << 4)
 }
 
 #[cfg(test)]
@@ -140,8 +206,43 @@ mod tests {
     }
 
     #[test]
-    fn side_round_trips() {
-        let (g, s) = unpack_side(pack_side(2048, 15));
-        assert_eq!((g, s), (1.0, GUARD_SCALES[15]));
+    fn tokens_are_within_half_a_spacing() {
+        for codes in
+            [&[2048u16, 2048, 2047][..], &[2000, 2030, 1970, 0], &[4095, 1, 2048, 700], &[0, 0], &[5]]
+        {
+            let block = BlockGain::of(codes);
+            assert_eq!(BlockGain::unpack(block.pack()), block);
+            assert!(block.spacing == 0 || MAX_FALL << (block.spacing - 1) < 4095);
+            for &code in codes {
+                let (given, scale) = block.unpack_side(pack_side(block.fall(code), 13));
+                assert_eq!(scale, GUARD_SCALES[13]);
+                if code == 0 {
+                    assert_eq!(given, 0.0);
+                    continue;
+                }
+                let off = (f64::from(given) / f64::from(gain(code))).log2().abs() * GAIN_CODES_PER_OCTAVE;
+                let half = f64::from(1u32 << block.spacing) / 2.0;
+                assert!(off <= half + 1e-4, "{code} in {codes:?}: off by {off} codes, spacing {half}·2");
+            }
+        }
+    }
+
+    #[test]
+    fn near_gains_are_as_fine_as_far_ones_are_coarse() {
+        assert_eq!(BlockGain::of(&[2048, 2034]).spacing, 0);
+        assert_eq!(BlockGain::of(&[2048, 2033]).spacing, 1);
+        assert_eq!(BlockGain::of(&[4095, 1]).spacing, 9);
+        assert_eq!(BlockGain::of(&[0]), BlockGain { code: 0, spacing: 0 });
+    }
+
+    /// Every stored byte means something finite.
+    #[test]
+    fn any_bytes_are_gains() {
+        for head in (0..=u16::MAX).step_by(7) {
+            for side in 0..=u8::MAX {
+                let (gain, scale) = BlockGain::unpack(head).unpack_side(side);
+                assert!(gain.is_finite() && gain >= 0.0 && scale > 0.0);
+            }
+        }
     }
 }

@@ -5,7 +5,7 @@
 //! that a reader streams through whole rows.
 //!
 //! ```text
-//! x ── R(−c) ──▶ block frame ── ÷ γ̂ ──▶ shape ── − R(δ)μ, V⁻¹ ──▶ z ── guard, round ──▶ codes
+//! x ── R(−c) ──▶ block frame ── ÷ γ̂ ──▶ shape ── − R(δ)μ, V⁻¹ ──▶ z ── − drift ── guard, round ──▶ codes
 //! ```
 //!
 //! | step | why |
@@ -13,6 +13,7 @@
 //! | frame | all keys of a block share one rotation: most of the order that RoPE hides comes back |
 //! | gain | the error of a token is in proportion to its own size |
 //! | mean, transform | the rest is uncorrelated, and ordered by what it is worth to the model |
+//! | drift | what a block's tokens have in common beside the mean is stored once, not left to every token's codes |
 //! | guard | a token with an outlier takes larger steps instead of clipping |
 //!
 //! [`reference`] defines the format; `kernels` are fast and give the same bytes.
@@ -56,8 +57,8 @@ mod stream_set;
 mod width;
 
 pub use attend::{CoefficientSums, MAX_TOKENS_AT_ONCE};
-pub use basis::{BLOCK_LENS, Basis, MAX_HEAD_DIM, StreamTables};
-pub use block::{SIDE_BYTES_PER_TOKEN, pack_row, row_bytes, unpack_row};
+pub use basis::{BLOCK_LENS, Basis, DRIFT_STEP, MAX_HEAD_DIM, StreamTables};
+pub use block::{pack_row, row_bytes, side_bytes, unpack_row};
 pub use element::Element;
 pub use error::{CodecError, Result};
 pub use kernels::{Isa, Scratch, available_isas, best_isa, product, row_products, weigh};

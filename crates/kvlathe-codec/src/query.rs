@@ -4,7 +4,7 @@
 //! synthesis. By Cauchy and Schwarz every product of the two, partial sums included, then fits in 32 bits. The products
 //! of one query and block are rounded again, against their largest, for the product with the levels. Rounding errors
 //! are about 10⁻⁵ of ‖q‖·‖x‖: far below the error that codes of a few bits bring. The mean's part, which may be large,
-//! stays in float32.
+//! and the drift's, which is one number a block, stay in float32.
 
 use crate::basis::StreamTables;
 use crate::kernels::LANES;
@@ -22,6 +22,8 @@ pub(crate) struct QueryTables {
     /// `[n_padded]`: what a product of a column with a query of norm [`NORM`] is worth, times one half because levels
     /// are doubled.
     pub(crate) column_units: Vec<f32>,
+    /// `[n_padded]`: the same, and zero for coefficients without a row of levels.
+    pub(crate) row_units: Vec<f32>,
     /// The mean's part of scores.
     pub(crate) mean: MeanTables,
     /// What the largest product of a query is rounded to; Σ |product|·|doubled level| then stays below 2³¹.
@@ -32,25 +34,27 @@ pub(crate) struct QueryTables {
 
 impl QueryTables {
     pub(crate) fn new(tables: &StreamTables) -> Self {
-        let (d, n_coded, n_padded) = (tables.head_dim, tables.n_coded(), tables.n_padded());
+        let (d, n_padded) = (tables.head_dim, tables.n_padded());
         let places = places(tables.rope.as_ref(), d);
         let mean = MeanTables::new(tables, &places);
-        let norms: Vec<f32> = (0..n_coded)
-            .map(|i| (0..d).map(|j| tables.synthesis[j * n_coded + i].powi(2)).sum::<f32>().sqrt())
-            .collect();
+        let norms: Vec<f32> =
+            (0..d).map(|i| (0..d).map(|j| tables.synthesis[j * d + i].powi(2)).sum::<f32>().sqrt()).collect();
 
         let mut synthesis = vec![0i16; places.len() * n_padded];
         for (place, component) in places.iter().enumerate().filter_map(|(p, c)| Some((p, (*c)?))) {
             for (i, norm) in norms.iter().enumerate().filter(|(_, norm)| **norm > 0.0) {
-                let value = tables.synthesis[component * n_coded + i] * (NORM / norm);
+                let value = tables.synthesis[component * d + i] * (NORM / norm);
                 synthesis[(place / 2 * n_padded + i) * 2 + place % 2] = value.round() as i16;
             }
         }
         let mut column_units: Vec<f32> = norms.iter().map(|norm| 0.5 * norm / NORM).collect();
         column_units.resize(n_padded, 0.0);
-        let sum_of_levels: usize = tables.coded.iter().map(|coded| 2 * coded.width.half_levels() - 1).sum();
+        let mut row_units = column_units.clone();
+        row_units[tables.n_coded()..].fill(0.0);
+        let sum_of_levels: usize =
+            tables.coded_widths().map(|width| (2 * width.half_levels()).saturating_sub(1)).sum();
         let largest_projected = NORM.min(2.14e9 / sum_of_levels.max(1) as f32);
-        Self { synthesis, column_units, mean, largest_projected, places }
+        Self { synthesis, column_units, row_units, mean, largest_projected, places }
     }
 
     /// Places, padding included.

@@ -3,13 +3,15 @@
 //! Sums run over components in rising order with fused multiply-adds, so that kernels, which keep that order for each
 //! token and put tokens side by side in a vector, agree to the last bit.
 
-use crate::basis::StreamTables;
-use crate::block::{SIDE_BYTES_PER_TOKEN, pack_row, row_bytes, unpack_row};
-use crate::gain::{GUARD_SCALES, gain, gain_code, pack_side, unpack_side};
+use crate::basis::{DRIFT_HALF, DRIFT_REACH, StreamTables};
+use crate::block::{HEAD_BYTES, Parts, drift_code, pack_drift, pack_row, row_bytes, unpack_row};
+use crate::gain::{BlockGain, GUARD_SCALES, gain_code, pack_side};
 use crate::width::Width;
 
 /// How many guard codes the encoder tries a token: the smallest that clips nothing, and those just below it.
 pub(crate) const GUARD_CANDIDATES: u8 = 5;
+/// Partial sums of a block's drift: token t adds to sum t mod 8.
+const DRIFT_SUMS: usize = 8;
 
 /// Code of a coefficient `z`, in steps, when the token's steps are scaled by `scale`.
 fn quantise(z: f32, scale: f32, width: Width) -> u8 {
@@ -28,6 +30,21 @@ pub(crate) fn smallest_safe_guard(largest_ratio: f32) -> u8 {
     GUARD_SCALES.iter().position(|&s| s >= largest_ratio).unwrap_or(GUARD_SCALES.len() - 1) as u8
 }
 
+/// Code of the drift of a coefficient whose values, in steps and clamped to [`DRIFT_REACH`], sum to `sum` over a block;
+/// `unit` is one level in steps.
+#[inline(always)]
+pub(crate) fn quantise_drift(sum: f32, unit: f32, block_len: usize) -> u8 {
+    let level = (sum * (1.0 / (unit * block_len as f32)) + 0.5).floor();
+    let half = DRIFT_HALF as f32;
+    (level.max(-half).min(half - 1.0) + half) as i32 as u8
+}
+
+/// The drift that a code stands for, in steps.
+#[inline(always)]
+pub(crate) fn drift(code: u8, unit: f32) -> f32 {
+    (f32::from(code) - DRIFT_HALF as f32) * unit
+}
+
 /// Encodes `block_len` tokens, component-major (`x[component * block_len + token]`), already in the block's frame.
 ///
 /// Returns the packed block of [`StreamTables::block_bytes`] bytes.
@@ -35,31 +52,55 @@ pub(crate) fn smallest_safe_guard(largest_ratio: f32) -> u8 {
 pub fn encode(tables: &StreamTables, x: &[f32]) -> Vec<u8> {
     let (d, n, n_coded) = (tables.head_dim, tables.block_len, tables.n_coded());
     let mut packed = vec![0; tables.block_bytes()];
+    let gain_codes: Vec<u16> = (0..n)
+        .map(|t| {
+            let norm_squared = (0..d).fold(0.0f32, |sum, j| x[j * n + t].mul_add(x[j * n + t], sum));
+            gain_code(norm_squared / d as f32)
+        })
+        .collect();
+    let block_gain = BlockGain::of(&gain_codes);
+
+    // Coefficients in steps, z[i * n + t].
+    let mut z = vec![0.0f32; d * n];
+    for t in 0..n {
+        let gain = block_gain.gain(block_gain.fall(gain_codes[t]));
+        if gain == 0.0 {
+            continue;
+        }
+        for i in 0..d {
+            let dot = (0..d).fold(0.0f32, |sum, j| tables.analysis[i * d + j].mul_add(x[j * n + t], sum));
+            z[i * n + t] = dot.mul_add(1.0 / gain, -tables.coded_mean[i * n + t]);
+        }
+    }
+
+    // Drift: what the block's tokens have in common.
+    let mut drift_codes = vec![0u8; d];
+    for (i, z) in z.chunks_exact_mut(n).enumerate() {
+        let reach = DRIFT_REACH / tables.coefficients[i].width.step();
+        let mut sums = [0.0f32; DRIFT_SUMS];
+        for (t, z) in z.iter().enumerate() {
+            sums[t % DRIFT_SUMS] += z.clamp(-reach, reach);
+        }
+        let [a, b, c, d, e, f, g, h] = sums;
+        let (sum, unit) = (((a + e) + (c + g)) + ((b + f) + (d + h)), tables.drift_units[i]);
+        drift_codes[i] = quantise_drift(sum, unit, n);
+        z.iter_mut().for_each(|z| *z -= drift(drift_codes[i], unit));
+    }
+
     let mut codes = vec![0u8; n_coded * n];
     for t in 0..n {
-        let norm_squared = (0..d).fold(0.0f32, |sum, j| x[j * n + t].mul_add(x[j * n + t], sum));
-        let gain_code = gain_code(norm_squared / d as f32);
-        let gain = gain(gain_code);
-        let inverse_gain = if gain > 0.0 { 1.0 / gain } else { 0.0 };
-
-        let z: Vec<f32> = (0..n_coded)
-            .map(|i| {
-                let dot = (0..d).fold(0.0f32, |sum, j| tables.analysis[i * d + j].mul_add(x[j * n + t], sum));
-                dot.mul_add(inverse_gain, -tables.coded_mean[i * n + t])
-            })
-            .collect();
-
         // Range guard: try the smallest step factor that clips nothing and a few below, keep the least weighted error.
-        let largest_ratio = (0..n_coded)
-            .fold(0.0f32, |m, i| m.max(z[i].abs() * (1.0 / tables.coded[i].width.half_levels() as f32)));
+        let largest_ratio = (0..n_coded).fold(0.0f32, |m, i| {
+            m.max(z[i * n + t].abs() * (1.0 / tables.coefficients[i].width.half_levels() as f32))
+        });
         let safe = smallest_safe_guard(largest_ratio);
         let mut best = (f32::INFINITY, safe);
         for k in 0..GUARD_CANDIDATES {
             let guard = safe.saturating_sub(k);
             let scale = GUARD_SCALES[usize::from(guard)];
             let cost = (0..n_coded).fold(0.0f32, |sum, i| {
-                let width = tables.coded[i].width;
-                let error = level(quantise(z[i], scale, width), width).mul_add(-scale, z[i]);
+                let (z, width) = (z[i * n + t], tables.coefficients[i].width);
+                let error = level(quantise(z, scale, width), width).mul_add(-scale, z);
                 (tables.step_cost[i] * error).mul_add(error, sum)
             });
             if cost < best.0 {
@@ -68,14 +109,18 @@ pub fn encode(tables: &StreamTables, x: &[f32]) -> Vec<u8> {
         }
         let scale = GUARD_SCALES[usize::from(best.1)];
         for i in 0..n_coded {
-            codes[i * n + t] = quantise(z[i], scale, tables.coded[i].width);
+            codes[i * n + t] = quantise(z[i * n + t], scale, tables.coefficients[i].width);
         }
-        packed[2 * t..2 * t + 2].copy_from_slice(&pack_side(gain_code, best.1).to_le_bytes());
+        packed[HEAD_BYTES + t] = pack_side(block_gain.fall(gain_codes[t]), best.1);
     }
-    let mut at = n * SIDE_BYTES_PER_TOKEN;
-    for (i, coded) in tables.coded.iter().enumerate() {
-        let bytes = row_bytes(coded.width, n);
-        pack_row(coded.width, &codes[i * n..(i + 1) * n], &mut packed[at..at + bytes]);
+
+    packed[..HEAD_BYTES].copy_from_slice(&block_gain.pack().to_le_bytes());
+    let mut at = tables.rows_at();
+    pack_drift(&drift_codes, &mut packed[HEAD_BYTES + n..at]);
+    for i in 0..n_coded {
+        let width = tables.coefficients[i].width;
+        let bytes = row_bytes(width, n);
+        pack_row(width, &codes[i * n..(i + 1) * n], &mut packed[at..at + bytes]);
         at += bytes;
     }
     packed
@@ -84,25 +129,32 @@ pub fn encode(tables: &StreamTables, x: &[f32]) -> Vec<u8> {
 /// Decodes a packed block to component-major vectors in the block's frame, `[head_dim, block_len]`.
 #[must_use]
 pub fn decode(tables: &StreamTables, packed: &[u8]) -> Vec<f32> {
-    let (d, n, n_coded) = (tables.head_dim, tables.block_len, tables.n_coded());
-    let mut levels = vec![0.0f32; n_coded * n];
+    let (d, n) = (tables.head_dim, tables.block_len);
+    let parts = Parts::of(tables, packed);
+    let (gains, scales): (Vec<f32>, Vec<f32>) =
+        parts.side.iter().map(|&side| parts.gain.unpack_side(side)).unzip();
+    let mut z = vec![0.0f32; d * n];
     let mut codes = vec![0u8; n];
-    let mut at = n * SIDE_BYTES_PER_TOKEN;
-    for (i, coded) in tables.coded.iter().enumerate() {
-        let bytes = row_bytes(coded.width, n);
-        unpack_row(coded.width, &packed[at..at + bytes], &mut codes);
+    let mut at = 0;
+    for (i, z) in z.chunks_exact_mut(n).enumerate() {
+        let width = tables.coefficients[i].width;
+        let drift = drift(drift_code(parts.drift, i), tables.drift_units[i]);
+        if width == Width::W0 {
+            z.fill(drift);
+            continue;
+        }
+        let bytes = row_bytes(width, n);
+        unpack_row(width, &parts.rows[at..at + bytes], &mut codes);
         at += bytes;
         for t in 0..n {
-            levels[i * n + t] = level(codes[t], coded.width);
+            z[t] = level(codes[t], width).mul_add(scales[t], drift);
         }
     }
     let mut x = vec![0.0f32; d * n];
     for t in 0..n {
-        let (gain, scale) = unpack_side(u16::from_le_bytes([packed[2 * t], packed[2 * t + 1]]));
         for j in 0..d {
-            let sum = (0..n_coded)
-                .fold(0.0f32, |sum, i| tables.synthesis[j * n_coded + i].mul_add(levels[i * n + t], sum));
-            x[j * n + t] = sum.mul_add(scale, tables.shape_mean[j * n + t]) * gain;
+            let sum = (0..d).fold(0.0f32, |sum, i| tables.synthesis[j * d + i].mul_add(z[i * n + t], sum));
+            x[j * n + t] = (sum + tables.shape_mean[j * n + t]) * gains[t];
         }
     }
     x

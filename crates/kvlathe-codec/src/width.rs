@@ -2,14 +2,18 @@
 
 use crate::error::CodecError;
 
-/// Bits of one coefficient. Zero means that the coefficient is not stored and decodes to its mean.
+/// Bits of one coefficient. Zero means that the coefficient is not stored and decodes to its block's drift.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub enum Width {
     /// Not stored.
     W0 = 0,
+    /// Two levels.
+    W1 = 1,
     /// Four levels.
     W2 = 2,
+    /// Eight levels.
+    W3 = 3,
     /// Sixteen levels.
     W4 = 4,
     /// 256 levels.
@@ -17,7 +21,7 @@ pub enum Width {
 }
 
 /// All widths, narrow to wide.
-pub const WIDTHS: [Width; 4] = [Width::W0, Width::W2, Width::W4, Width::W8];
+pub const WIDTHS: [Width; 6] = [Width::W0, Width::W1, Width::W2, Width::W3, Width::W4, Width::W8];
 
 impl Width {
     /// Number of bits.
@@ -34,12 +38,14 @@ impl Width {
 
     /// Step of the uniform mid-rise quantiser that has the least squared error for a unit Gaussian
     /// (Max, "Quantizing for minimum distortion", 1960; table II). The step of a coefficient is this times its
-    /// standard deviation.
+    /// standard deviation. A coefficient that is not stored is counted in standard deviations.
     #[must_use]
     pub const fn step(self) -> f32 {
         match self {
-            Self::W0 => 0.0,
+            Self::W0 => 1.0,
+            Self::W1 => 1.596,
             Self::W2 => 0.995_7,
+            Self::W3 => 0.586,
             Self::W4 => 0.335_2,
             Self::W8 => 0.030_8,
         }
@@ -50,7 +56,9 @@ impl Width {
     pub const fn distortion(self) -> f64 {
         match self {
             Self::W0 => 1.0,
+            Self::W1 => 0.363_4,
             Self::W2 => 0.118_8,
+            Self::W3 => 0.037_44,
             Self::W4 => 0.011_54,
             Self::W8 => 0.000_101,
         }
@@ -63,13 +71,15 @@ impl TryFrom<u8> for Width {
     fn try_from(bits: u8) -> Result<Self, CodecError> {
         match bits {
             0 => Ok(Self::W0),
+            1 => Ok(Self::W1),
             2 => Ok(Self::W2),
+            3 => Ok(Self::W3),
             4 => Ok(Self::W4),
             8 => Ok(Self::W8),
             other => Err(CodecError::Range {
                 what: "a coefficient's width",
                 given: other.into(),
-                expected: "0, 2, 4 or 8 bits",
+                expected: "0, 1, 2, 3, 4 or 8 bits",
             }),
         }
     }

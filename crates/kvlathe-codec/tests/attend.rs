@@ -14,15 +14,15 @@ fn tables(
     d: usize,
     block_len: usize,
     rope: Option<&Rope>,
-    widths: [Width; 4],
+    widths: [Width; 6],
     calibrated: bool,
 ) -> StreamTables {
     // Nearly orthogonal columns, as calibration's are: else large terms cancel.
     let mut synthesis: Vec<f32> = wave(3, d * d).iter().map(|v| 0.1 * v).collect();
     (0..d).for_each(|i| synthesis[i * d + i] += 12.0);
     for (i, value) in synthesis.iter_mut().enumerate() {
-        let width = widths[i % d % 4];
-        if calibrated && width != Width::W0 {
+        let width = widths[i % d % 6];
+        if calibrated {
             *value *= 0.1 / width.step();
         }
     }
@@ -30,7 +30,7 @@ fn tables(
         mean: wave(4, d),
         synthesis,
         importance: vec![1.0; d],
-        widths: (0..d).map(|i| widths[i % 4]).collect(),
+        widths: (0..d).map(|i| widths[i % 6]).collect(),
     };
     StreamTables::new(&basis, rope, block_len).unwrap()
 }
@@ -74,8 +74,8 @@ fn norm(x: &[f32]) -> f64 {
     x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt()
 }
 
-const ALL: [Width; 4] = [Width::W8, Width::W4, Width::W2, Width::W0];
-const NONE: [Width; 4] = [Width::W0; 4];
+const ALL: [Width; 6] = [Width::W8, Width::W4, Width::W1, Width::W2, Width::W3, Width::W0];
+const NONE: [Width; 6] = [Width::W0; 6];
 const N_BLOCKS: usize = 3;
 
 #[test]
@@ -176,7 +176,7 @@ fn sums_are_those_of_the_decoded_values() {
 /// Weights that would overflow 32-bit sums if they were rounded against the largest only.
 #[test]
 fn even_weights_over_many_tokens_do_not_overflow() {
-    let tables = tables(16, 32, None, [Width::W8; 4], false);
+    let tables = tables(16, 32, None, [Width::W8; 6], false);
     let n_tokens = MAX_TOKENS_AT_ONCE;
     for isa in available_isas() {
         let (packed, decoded) = blocks(&tables, None, 0, 1, isa);

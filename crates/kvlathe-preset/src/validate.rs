@@ -19,7 +19,7 @@ pub const MAX_SINKS: usize = 4096;
 /// Block lengths, in tokens, that the codec has.
 pub const BLOCK_LENS: [usize; 6] = [8, 16, 32, 64, 128, 256];
 /// Coefficient widths, in bits, that the codec has.
-pub const WIDTHS: [u8; 4] = [0, 2, 4, 8];
+pub const WIDTHS: [u8; 6] = [0, 1, 2, 3, 4, 8];
 /// How far any entry of UᵀU may be from the identity. Float16 alone accounts for up to 2⁻¹⁰.
 pub const ORTHONORMAL_TOLERANCE: f64 = 1e-3;
 

@@ -254,7 +254,7 @@ fn unsupported_version() {
     let mut tree = tree(&sample(1, 1, 4, 2));
     tree["kvlathe"]["format_version"] = (FORMAT_VERSION + 1).into();
     let is_newer = |tree: &Value| {
-        matches!(read_tree(tree), Err(PresetError::UnsupportedVersion { given: 2, supported: 1 }))
+        matches!(read_tree(tree), Err(PresetError::UnsupportedVersion { given: 3, supported: 2 }))
     };
     assert!(is_newer(&tree));
     // A newer version may have turned anything else around.
@@ -293,7 +293,7 @@ fn invalid() {
         ("/kvlathe/rope/0/inv_freq", json!([1.0, 0.0]), "rope[0].inv_freq"),
         ("/layers/1/rope", json!(2), "layers[1].rope"),
         ("/layers/1/K/streams/0/importance/1", json!(-1e-9), "layers[1].K.streams[0].importance"),
-        ("/layers/1/K/streams/0/widths/1", json!(3), "layers[1].K.streams[0].widths"),
+        ("/layers/1/K/streams/0/widths/1", json!(5), "layers[1].K.streams[0].widths"),
         ("/layers/1/K/streams/0/widths/1", json!(16), "layers[1].K.streams[0].widths"),
     ];
     for (place, value, field) in cases {

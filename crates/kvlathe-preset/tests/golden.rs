@@ -1,4 +1,4 @@
-//! Files of version 1 stay readable, and this version writes them as it always did.
+//! Files of versions 1 and 2 stay readable, and version 2 is written as it always was.
 //!
 //! `KVLATHE_BLESS=1 cargo test -p kvlathe-preset --test golden` writes the lathe files anew. Do that only
 //! together with a new format version.
@@ -34,15 +34,27 @@ fn seed() {
 fn lathe() {
     let expected = sample(3, 2, 4, 2);
     if std::env::var_os("KVLATHE_BLESS").is_some() {
-        expected.write(golden("lathe-v1.json")).unwrap();
-        expected.write(golden("lathe-v1.safetensors")).unwrap();
+        expected.write(golden("lathe-v2.json")).unwrap();
+        expected.write(golden("lathe-v2.safetensors")).unwrap();
     }
-    let text = std::fs::read_to_string(golden("lathe-v1.json")).unwrap();
+    let text = std::fs::read_to_string(golden("lathe-v2.json")).unwrap();
     assert_eq!(expected.to_json_string().unwrap(), text);
     let expected = expected.rounded();
-    for name in ["lathe-v1.json", "lathe-v1.safetensors"] {
+    for name in ["lathe-v2.json", "lathe-v2.safetensors"] {
         let preset = Preset::read(golden(name)).unwrap();
         assert_eq!(preset, expected, "{name}");
         assert_eq!(bits(&preset), bits(&expected), "{name}");
     }
+}
+
+/// The same preset as it was in version 1, which had no widths of 1 and 3.
+#[test]
+fn version_1() {
+    let [text, tensors] =
+        ["lathe-v1.json", "lathe-v1.safetensors"].map(|name| Preset::read(golden(name)).unwrap());
+    assert_eq!((bits(&text), &text), (bits(&tensors), &tensors));
+    let lathe = text.lathe().unwrap();
+    assert_eq!((lathe.format_version, lathe.bits_per_value, lathe.block_len), (1, 2.7, 32));
+    let widths: Vec<u8> = text.stream(0, Side::Key, 0).unwrap().widths.clone();
+    assert!(widths.iter().all(|width| [0, 2, 4, 8].contains(width)), "{widths:?}");
 }

@@ -1,8 +1,10 @@
 //! Calibration → preset, and a preset at another rate.
 
 use kvlathe_calib::{LayerDesign, ModelShape, allocate};
-use kvlathe_codec::{Basis, Pairing, Rope, SIDE_BYTES_PER_TOKEN};
-use kvlathe_preset::{LayerPreset, Meta, Preset, RopeDescription, SharedBasis, SidePreset, StreamPreset};
+use kvlathe_codec::{Basis, Pairing, Rope, side_bytes};
+use kvlathe_preset::{
+    FORMAT_VERSION, LayerPreset, Meta, Preset, RopeDescription, SharedBasis, SidePreset, StreamPreset,
+};
 
 use crate::error::{Error, Result};
 
@@ -37,6 +39,32 @@ pub fn preset_from_design(mut meta: Meta, shape: &ModelShape, designs: Vec<Layer
     Ok(preset)
 }
 
+/// A preset as this version of the format has it. One of version 1 keeps its calibration and its widths; what it says of
+/// its rate becomes true of today's blocks, and what was measured with the old ones is dropped.
+#[must_use]
+pub fn upgraded(mut preset: Preset) -> Preset {
+    let head_dim = preset.meta.head_dim;
+    let streams =
+        preset.layers.iter().flat_map(|layer| [&layer.key, &layer.value]).flat_map(|side| &side.streams);
+    let (bits, n) = streams.fold((0.0, 0usize), |(bits, n), stream| (bits + stream.mean_width(), n + 1));
+    if let Some(lathe) = &mut preset.meta.lathe
+        && lathe.format_version < FORMAT_VERSION
+    {
+        lathe.format_version = FORMAT_VERSION;
+        lathe.measured.clear();
+        if bits > 0.0 {
+            lathe.bits_per_value = bits / n as f64 + side_bits_per_value(head_dim, lathe.block_len);
+        }
+    }
+    preset
+}
+
+/// Bits a value that gains, guards and drift take, whatever the rate.
+#[must_use]
+pub fn side_bits_per_value(head_dim: usize, block_len: usize) -> f64 {
+    (8 * side_bytes(head_dim, block_len)) as f64 / (head_dim * block_len) as f64
+}
+
 /// The same preset at another rate: the mean over all coefficients of the model, side information included, is at
 /// most `bits_per_value`. The transforms stay; only widths change, and what was measured at the old rate is dropped.
 ///
@@ -47,7 +75,7 @@ pub fn with_bits(preset: &Preset, bits_per_value: f64) -> Result<Preset> {
         return Err(Error::SeedPreset { model: preset.meta().model.clone(), operation: "another rate" });
     };
     let head_dim = preset.meta().head_dim;
-    let side_bits = (8 * SIDE_BYTES_PER_TOKEN) as f64 / head_dim as f64;
+    let side_bits = side_bits_per_value(head_dim, lathe.block_len);
     if bits_per_value.is_nan() || bits_per_value < side_bits {
         return Err(Error::Rate { given: bits_per_value, least: side_bits });
     }

@@ -20,7 +20,7 @@ mod assembly;
 mod codings;
 mod error;
 
-pub use assembly::{preset_from_design, with_bits};
+pub use assembly::{preset_from_design, side_bits_per_value, upgraded, with_bits};
 pub use codings::{LayerCodings, coding, layer_codings, low_rank};
 pub use error::{Error, Result};
 pub use {kvlathe_cache as cache, kvlathe_calib as calib, kvlathe_codec as codec, kvlathe_preset as preset};

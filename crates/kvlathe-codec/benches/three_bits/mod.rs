@@ -14,9 +14,11 @@ pub fn basis() -> Basis {
     }
     let widths = (0..HEAD_DIM)
         .map(|i| match i {
-            0..4 => Width::W8,
-            4..34 => Width::W4,
-            34..50 => Width::W2,
+            0..2 => Width::W8,
+            2..26 => Width::W4,
+            26..42 => Width::W3,
+            42..54 => Width::W2,
+            54..62 => Width::W1,
             _ => Width::W0,
         })
         .collect();

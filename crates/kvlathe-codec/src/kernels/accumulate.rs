@@ -3,11 +3,12 @@
 use super::Scratch;
 use super::f32x8::F32x8;
 use super::lanes::{LANES, groups, groups_mut};
-use super::levels::{unpack_row_of_blocks, unpack_sides};
+use super::levels::{unpack_drift, unpack_row_of_blocks, unpack_sides};
 use super::multiply::{DOT_STEP, Multiply};
+use super::product::dot;
 use crate::attend::CoefficientSums;
 use crate::basis::StreamTables;
-use crate::block::{SIDE_BYTES_PER_TOKEN, row_bytes};
+use crate::block::{Parts, row_bytes};
 
 /// Coefficients that are unpacked and summed together.
 pub(super) const TOGETHER: usize = 4;
@@ -23,17 +24,26 @@ pub(super) fn accumulate<M: Multiply>(
     sums: &mut CoefficientSums,
     scratch: &mut Scratch,
 ) {
-    let (n, n_coded, n_queries) = (tables.block_len, tables.n_coded(), sums.n_queries());
-    let n_tokens = blocks.len() * n;
+    let (d, n_padded, n_queries) = (tables.head_dim, tables.n_padded(), sums.n_queries());
+    let (n, n_coded, n_blocks) = (tables.block_len, tables.n_coded(), blocks.len());
+    let n_tokens = n_blocks * n;
     let stride = n_tokens.next_multiple_of(DOT_STEP);
-    let Scratch { products, weights_i16, row_levels, gains, scales, units, .. } = scratch;
-    for b in 0..blocks.len() {
-        let run = b * n..(b + 1) * n;
-        unpack_sides::<M::F32x8>(
-            &blocks[b][..n * SIDE_BYTES_PER_TOKEN],
-            &mut gains[run.clone()],
-            &mut scales[run],
-        );
+    let Scratch {
+        products,
+        weights_i16,
+        row_levels,
+        gains,
+        scales,
+        units,
+        drift,
+        block_weights,
+        drift_sums,
+        ..
+    } = scratch;
+    for b in 0..n_blocks {
+        let (parts, run) = (Parts::of(tables, blocks[b]), b * n..(b + 1) * n);
+        unpack_sides::<M::F32x8>(parts.gain, parts.side, &mut gains[run.clone()], &mut scales[run]);
+        unpack_drift(parts.drift, &tables.drift_units, &mut drift[b * n_padded..(b + 1) * n_padded]);
     }
     let (gains, scales) = (&gains[..n_tokens], &mut scales[..n_tokens]);
     for t in 0..n_tokens {
@@ -41,15 +51,27 @@ pub(super) fn accumulate<M: Multiply>(
     }
     for q in 0..n_queries {
         let weights = &weights[q * n_tokens..][..n_tokens];
-        sums.mean_weights[q] += dot::<M::F32x8>(weights, gains);
+        for b in 0..n_blocks {
+            let weight = dot::<M::F32x8>(&weights[b * n..][..n], &gains[b * n..][..n]);
+            block_weights[q * n_blocks + b] = weight;
+            sums.mean_weights[q] += weight;
+        }
         units[q] = quantise::<M::F32x8>(weights, scales, &mut weights_i16[q * stride..][..stride]);
     }
+    let drift_sums = &mut drift_sums[..n_queries * n_padded];
+    M::multiply(block_weights, drift, drift_sums, (n_blocks, n_padded));
+    for q in 0..n_queries {
+        let (sums, more) = (&mut sums.sums[q * d..][..d], &drift_sums[q * n_padded..][..d]);
+        for i in 0..d {
+            sums[i] += more[i];
+        }
+    }
 
-    let mut next_row = n * SIDE_BYTES_PER_TOKEN;
+    let mut next_row = tables.rows_at();
     for first in (0..n_coded).step_by(TOGETHER) {
         let together = TOGETHER.min(n_coded - first);
         for i in 0..together {
-            let width = tables.coded[first + i].width;
+            let width = tables.coefficients[first + i].width;
             let levels = &mut row_levels[i * stride..][..n_tokens];
             unpack_row_of_blocks(width, n, blocks, next_row, levels);
             next_row += row_bytes(width, n);
@@ -57,24 +79,12 @@ pub(super) fn accumulate<M: Multiply>(
         let dots = &mut products[..n_queries * together];
         M::dot_i16(weights_i16, row_levels, dots, (stride, together));
         for q in 0..n_queries {
-            let sums = &mut sums.sums[q * n_coded + first..][..together];
+            let sums = &mut sums.sums[q * d + first..][..together];
             for i in 0..together {
                 sums[i] = (dots[q * together + i] as f32).mul_add(units[q], sums[i]);
             }
         }
     }
-}
-
-/// Σ aₜ·bₜ over a multiple of eight, eight partial sums side by side.
-#[inline(always)]
-fn dot<V: F32x8>(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = V::splat(0.0);
-    let a = groups(a);
-    let b = &groups(b)[..a.len()];
-    for g in 0..a.len() {
-        sums = V::load(&a[g]).mul_add(V::load(&b[g]), sums);
-    }
-    sums.total()
 }
 
 /// Rounds weightₜ·scaleₜ to integers; returns what one of (integer · doubled level) is worth.
@@ -110,17 +120,16 @@ fn quantise<V: F32x8>(weights: &[f32], scales: &[f32], integers: &mut [i16]) -> 
 /// As [`StreamTables::finish_sums`].
 #[inline(always)]
 pub(super) fn finish<M: Multiply>(tables: &StreamTables, sums: &CoefficientSums, out: &mut [f32]) {
-    let n_coded = tables.n_coded();
-    let whole = n_coded / LANES * LANES;
     let d = tables.head_dim;
+    let whole = d / LANES * LANES;
     for q in 0..sums.n_queries() {
         let out = &mut out[q * d..(q + 1) * d];
-        let coefficients = &sums.sums[q * n_coded..(q + 1) * n_coded];
+        let coefficients = &sums.sums[q * d..(q + 1) * d];
         let mean_weight = sums.mean_weights[q];
         for j in 0..d {
-            let row = &tables.synthesis[j * n_coded..(j + 1) * n_coded];
+            let row = &tables.synthesis[j * d..(j + 1) * d];
             let mut sum = dot::<M::F32x8>(&row[..whole], &coefficients[..whole]);
-            for i in whole..n_coded {
+            for i in whole..d {
                 sum = row[i].mul_add(coefficients[i], sum);
             }
             out[j] += mean_weight.mul_add(tables.mean(j), sum);

@@ -3,14 +3,14 @@
 
 use super::Scratch;
 use super::f32x8::F32x8;
-use super::lanes::{LANES, Lanes, groups, groups_mut, load};
+use super::lanes::{LANES, groups, groups_mut, load, total};
+use super::levels::{unpack_drift, unpack_row_of_blocks, unpack_sides};
 use super::multiply::Multiply;
-use crate::basis::StreamTables;
-use crate::block::{SIDE_BYTES_PER_TOKEN, pack_row, row_bytes};
-use crate::gain::{GUARD_SCALES, gain, gain_code, pack_side};
-use crate::reference::{GUARD_CANDIDATES, smallest_safe_guard};
+use crate::basis::{DRIFT_REACH, StreamTables};
+use crate::block::{HEAD_BYTES, Parts, pack_drift, pack_row, row_bytes};
+use crate::gain::{BlockGain, GUARD_SCALES, gain_code, pack_side};
+use crate::reference::{GUARD_CANDIDATES, drift, quantise_drift, smallest_safe_guard};
 use crate::rope::Rotation;
-use crate::width::Width;
 
 /// Turns the block's frame vectors `x`, component-major with `n` tokens.
 #[inline(always)]
@@ -22,8 +22,9 @@ pub(super) fn rotate<M: Multiply>(rotation: &Rotation, x: &mut [f32], n: usize) 
 #[inline(always)]
 pub(super) fn encode<M: Multiply>(tables: &StreamTables, scratch: &mut Scratch, packed: &mut [u8]) {
     let (d, n) = (tables.head_dim, tables.block_len);
-    let Scratch { x, z, codes, .. } = scratch;
-    M::multiply(&tables.analysis, x, &mut z[..tables.n_coded() * n], (d, n));
+    let Scratch { x, z, codes, gain_codes, .. } = scratch;
+    let (z, gain_codes) = (&mut z[..d * n], &mut gain_codes[..n]);
+    M::multiply(&tables.analysis, x, z, (d, n));
     for t in (0..n).step_by(LANES) {
         let mut norms = [0.0f32; LANES];
         for j in 0..d {
@@ -32,50 +33,99 @@ pub(super) fn encode<M: Multiply>(tables: &StreamTables, scratch: &mut Scratch, 
                 norms[l] = values[l].mul_add(values[l], norms[l]);
             }
         }
-        let mut gain_codes = [0u16; LANES];
-        let mut inverse_gains = [0.0f32; LANES];
         for l in 0..LANES {
-            gain_codes[l] = gain_code(norms[l] / d as f32);
-            let gain = gain(gain_codes[l]);
-            inverse_gains[l] = if gain > 0.0 { 1.0 / gain } else { 0.0 };
+            gain_codes[t + l] = gain_code(norms[l] / d as f32);
         }
-        let guards = normalise_and_guard(tables, z, t, &inverse_gains);
+    }
+    let block_gain = BlockGain::of(gain_codes);
+    normalise(tables, block_gain, gain_codes, z);
+
+    let (head, rest) = packed.split_at_mut(HEAD_BYTES);
+    let (side, rest) = rest.split_at_mut(n);
+    let (drift_bytes, mut rows) = rest.split_at_mut(d.div_ceil(2));
+    head.copy_from_slice(&block_gain.pack().to_le_bytes());
+    take_out_drift(tables, z, &mut codes[..d]);
+    pack_drift(&codes[..d], drift_bytes);
+    for t in (0..n).step_by(LANES) {
+        let guards = choose_guards(tables, z, t);
         for l in 0..LANES {
-            let side = pack_side(gain_codes[l], guards[l]).to_le_bytes();
-            packed[2 * (t + l)..2 * (t + l) + 2].copy_from_slice(&side);
+            side[t + l] = pack_side(block_gain.fall(gain_codes[t + l]), guards[l]);
         }
     }
 
-    let (side, mut rows) = packed.split_at_mut(n * SIDE_BYTES_PER_TOKEN);
     // The row loop wants all tokens' step factors at once; x is free by now.
-    for (t, word) in side.chunks_exact(2).enumerate() {
-        x[t] = 1.0 / GUARD_SCALES[usize::from(u16::from_le_bytes([word[0], word[1]]) >> 12)];
+    for t in 0..n {
+        x[t] = 1.0 / GUARD_SCALES[usize::from(side[t] >> 4)];
     }
     let inverse_scales = &x[..n];
-    for (i, coded) in tables.coded.iter().enumerate() {
-        let half = coded.width.half_levels() as f32;
+    let codes = &mut codes[..n];
+    for i in 0..tables.n_coded() {
+        let width = tables.coefficients[i].width;
+        let half = width.half_levels() as f32;
         let z = &z[i * n..(i + 1) * n];
         for t in 0..n {
             let level = (z[t] * inverse_scales[t]).floor();
             codes[t] = (level.max(-half).min(half - 1.0) + half) as i32 as u8;
         }
-        let (row, rest) = rows.split_at_mut(row_bytes(coded.width, n));
-        pack_row(coded.width, codes, row);
+        let (row, rest) = rows.split_at_mut(row_bytes(width, n));
+        pack_row(width, codes, row);
         rows = rest;
     }
 }
 
-/// Turns eight tokens' projections into coefficients (in place) and chooses their guard codes.
+/// Turns projections into coefficients, in place; zero for the zero vector.
 #[inline(always)]
-fn normalise_and_guard(tables: &StreamTables, z: &mut [f32], t: usize, inverse_gains: &Lanes) -> [u8; LANES] {
+fn normalise(tables: &StreamTables, block_gain: BlockGain, gain_codes: &[u16], z: &mut [f32]) {
+    let n = tables.block_len;
+    for t in (0..n).step_by(LANES) {
+        let (mut inverse_gains, mut lives) = ([0.0f32; LANES], [0.0f32; LANES]);
+        for l in 0..LANES {
+            let gain = block_gain.gain(block_gain.fall(gain_codes[t + l]));
+            if gain > 0.0 {
+                (inverse_gains[l], lives[l]) = (1.0 / gain, 1.0);
+            }
+        }
+        for i in 0..tables.head_dim {
+            let mean = load(&tables.coded_mean, i * n + t);
+            let z = &mut z[i * n + t..i * n + t + LANES];
+            for l in 0..LANES {
+                z[l] = z[l].mul_add(inverse_gains[l], -mean[l]) * lives[l];
+            }
+        }
+    }
+}
+
+/// Takes the drift out of all coefficients `[head_dim, block_len]` and gives its codes.
+#[inline(always)]
+fn take_out_drift(tables: &StreamTables, z: &mut [f32], codes: &mut [u8]) {
+    let n = tables.block_len;
+    for i in 0..tables.head_dim {
+        let z = &mut z[i * n..(i + 1) * n];
+        let (reach, unit) = (DRIFT_REACH / tables.coefficients[i].width.step(), tables.drift_units[i]);
+        let mut sums = [0.0f32; LANES];
+        for t in (0..n).step_by(LANES) {
+            let z = load(z, t);
+            for l in 0..LANES {
+                sums[l] += z[l].max(-reach).min(reach);
+            }
+        }
+        codes[i] = quantise_drift(total(sums), unit, n);
+        let drift = drift(codes[i], unit);
+        for t in 0..n {
+            z[t] -= drift;
+        }
+    }
+}
+
+/// The guard codes of eight tokens.
+#[inline(always)]
+fn choose_guards(tables: &StreamTables, z: &[f32], t: usize) -> [u8; LANES] {
     let (n, n_coded) = (tables.block_len, tables.n_coded());
     let mut largest = [0.0f32; LANES];
     for i in 0..n_coded {
-        let mean = load(&tables.coded_mean, i * n + t);
-        let inverse_half = 1.0 / tables.coded[i].width.half_levels() as f32;
-        let z = &mut z[i * n + t..i * n + t + LANES];
+        let inverse_half = 1.0 / tables.coefficients[i].width.half_levels() as f32;
+        let z = load(z, i * n + t);
         for l in 0..LANES {
-            z[l] = z[l].mul_add(inverse_gains[l], -mean[l]);
             largest[l] = largest[l].max(z[l].abs() * inverse_half);
         }
     }
@@ -96,7 +146,7 @@ fn normalise_and_guard(tables: &StreamTables, z: &mut [f32], t: usize, inverse_g
         }
         let mut costs = [0.0f32; LANES];
         for i in 0..n_coded {
-            let half = tables.coded[i].width.half_levels() as f32;
+            let half = tables.coefficients[i].width.half_levels() as f32;
             let step_cost = tables.step_cost[i];
             let z = load(z, i * n + t);
             for l in 0..LANES {
@@ -119,57 +169,36 @@ fn normalise_and_guard(tables: &StreamTables, z: &mut [f32], t: usize, inverse_g
 /// As [`crate::reference::decode`], into `scratch.x`.
 #[inline(always)]
 pub(super) fn decode<M: Multiply>(tables: &StreamTables, packed: &[u8], scratch: &mut Scratch) {
-    let n = tables.block_len;
-    let Scratch { x, z, .. } = scratch;
-    let (side, rows) = packed.split_at(n * SIDE_BYTES_PER_TOKEN);
-    unpack_levels(tables, rows, z);
-    M::multiply(&tables.synthesis, z, x, (tables.n_coded(), n));
+    let (d, n) = (tables.head_dim, tables.block_len);
+    let Scratch { x, z, row_levels, drift, gains, scales, .. } = scratch;
+    let (z, gains, scales) = (&mut z[..d * n], &mut gains[..n], &mut scales[..n]);
+    let parts = Parts::of(tables, packed);
+    unpack_sides::<M::F32x8>(parts.gain, parts.side, gains, scales);
+    unpack_drift(parts.drift, &tables.drift_units, drift);
+    let mut at = 0;
+    for i in 0..d {
+        let (z, drift) = (&mut z[i * n..(i + 1) * n], drift[i]);
+        if i >= tables.n_coded() {
+            z.fill(drift);
+            continue;
+        }
+        let (width, levels) = (tables.coefficients[i].width, &mut row_levels[..n]);
+        unpack_row_of_blocks(width, n, &[parts.rows], at, levels);
+        at += row_bytes(width, n);
+        for t in 0..n {
+            // Levels are doubled.
+            z[t] = (f32::from(levels[t]) * 0.5).mul_add(scales[t], drift);
+        }
+    }
+    M::multiply(&tables.synthesis, z, x, (d, n));
     let n_groups = n / LANES;
-    let (words, x) = (side.as_chunks().0, groups_mut(x));
+    let (gains, x) = (groups(gains), groups_mut(x));
     let means = groups(&tables.shape_mean);
-    for t in 0..n_groups {
-        let (gains, scales) = M::F32x8::unpack_sides(&words[t]);
-        for j in 0..tables.head_dim {
+    for j in 0..d {
+        for t in 0..n_groups {
             let at = j * n_groups + t;
-            let shape = M::F32x8::load(&x[at]).mul_add(scales, M::F32x8::load(&means[at]));
-            shape.mul(gains).store(&mut x[at]);
-        }
-    }
-}
-
-/// Codes of all coefficients to levels `[n_coded, block_len]`.
-#[inline(always)]
-fn unpack_levels(tables: &StreamTables, mut rows: &[u8], z: &mut [f32]) {
-    let n = tables.block_len;
-    for (i, coded) in tables.coded.iter().enumerate() {
-        let (row, rest) = rows.split_at(row_bytes(coded.width, n));
-        rows = rest;
-        let levels = &mut z[i * n..(i + 1) * n];
-        // Rows of known length become straight vector code.
-        match row.len() {
-            8 => unpack_row_levels::<8>(coded.width, row, levels),
-            16 => unpack_row_levels::<16>(coded.width, row, levels),
-            32 => unpack_row_levels::<32>(coded.width, row, levels),
-            64 => unpack_row_levels::<64>(coded.width, row, levels),
-            128 => unpack_row_levels::<128>(coded.width, row, levels),
-            256 => unpack_row_levels::<256>(coded.width, row, levels),
-            4 => unpack_row_levels::<4>(coded.width, row, levels),
-            _ => unpack_row_levels::<2>(coded.width, row, levels),
-        }
-    }
-}
-
-/// One row of `BYTES` bytes to its levels, code + (0.5 − half the number of levels).
-#[inline(always)]
-fn unpack_row_levels<const BYTES: usize>(width: Width, row: &[u8], levels: &mut [f32]) {
-    let row: &[u8; BYTES] = row.try_into().expect("the caller matched the length");
-    let offset = 0.5 - width.half_levels() as f32;
-    let (bits, mask) = (width.bits(), (1u16 << width.bits()).wrapping_sub(1) as u8);
-    for (k, run) in levels.chunks_exact_mut(BYTES).enumerate() {
-        let run: &mut [f32; BYTES] = run.try_into().expect("a chunk");
-        let shift = (k * bits) as u32;
-        for j in 0..BYTES {
-            run[j] = f32::from((row[j] >> shift) & mask) + offset;
+            let shape = M::F32x8::load(&x[at]).add(M::F32x8::load(&means[at]));
+            shape.mul(M::F32x8::load(&gains[t])).store(&mut x[at]);
         }
     }
 }

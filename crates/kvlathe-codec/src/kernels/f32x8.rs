@@ -5,7 +5,7 @@
 
 use super::ROUND;
 use super::lanes::{LANES, larger};
-use crate::gain::unpack_side;
+use crate::gain::BlockGain;
 
 /// Eight f32 in one register, or an array where there is none.
 pub(super) trait F32x8: Copy {
@@ -32,8 +32,8 @@ pub(super) trait F32x8: Copy {
     fn total(self) -> f32;
     /// The largest lane.
     fn largest(self) -> f32;
-    /// Gains and step factors of eight side words, see [`crate::gain`].
-    fn unpack_sides(words: &[u8; 2 * LANES]) -> (Self, Self);
+    /// Gains and step factors of eight side bytes, see [`crate::gain`].
+    fn unpack_sides(block: BlockGain, sides: &[u8; LANES]) -> (Self, Self);
 }
 
 /// Applies `$value` to each lane `$l`.
@@ -126,10 +126,10 @@ impl F32x8 for [f32; LANES] {
     }
 
     #[inline(always)]
-    fn unpack_sides(words: &[u8; 2 * LANES]) -> (Self, Self) {
+    fn unpack_sides(block: BlockGain, sides: &[u8; LANES]) -> (Self, Self) {
         let (mut gains, mut scales) = ([0.0; LANES], [0.0; LANES]);
         for l in 0..LANES {
-            (gains[l], scales[l]) = unpack_side(u16::from_le_bytes([words[2 * l], words[2 * l + 1]]));
+            (gains[l], scales[l]) = block.unpack_side(sides[l]);
         }
         (gains, scales)
     }
@@ -144,9 +144,13 @@ mod tests {
 
     /// Every operation on a few inputs, as bits.
     #[inline(always)]
-    fn all_operations<V: F32x8>(a: &[f32; LANES], b: &[f32; LANES], words: &[u8; 16]) -> Vec<u32> {
+    fn all_operations<V: F32x8>(
+        a: &[f32; LANES],
+        b: &[f32; LANES],
+        (block, sides): (BlockGain, &[u8; LANES]),
+    ) -> Vec<u32> {
         let (x, y) = (V::load(a), V::load(b));
-        let (gains, scales) = V::unpack_sides(words);
+        let (gains, scales) = V::unpack_sides(block, sides);
         let integers = a.map(|v| (v * 1e4) as i32);
         let vectors = [
             V::splat(a[3]),
@@ -175,8 +179,8 @@ mod tests {
     }
 
     #[target_feature(enable = "avx2,fma")]
-    fn with_avx2(a: &[f32; LANES], b: &[f32; LANES], words: &[u8; 16]) -> Vec<u32> {
-        all_operations::<__m256>(a, b, words)
+    fn with_avx2(a: &[f32; LANES], b: &[f32; LANES], sides: (BlockGain, &[u8; LANES])) -> Vec<u32> {
+        all_operations::<__m256>(a, b, sides)
     }
 
     #[test]
@@ -192,13 +196,12 @@ mod tests {
             };
             let a: [f32; LANES] = std::array::from_fn(number);
             let b: [f32; LANES] = std::array::from_fn(|i| number(i + 40_000));
-            let words: [u8; 16] = std::array::from_fn(|i| {
-                let word = (seed * 8 + i as u32 / 2) * 2;
-                word.to_le_bytes()[i % 2]
-            });
+            // All heads, and all side bytes many times.
+            let block = BlockGain::unpack((seed * 16 + seed % 16) as u16);
+            let sides = std::array::from_fn(|i| (seed / 3 * 8 + i as u32) as u8);
             // SAFETY: the CPU has AVX2 and FMA, asked above.
-            let registers = unsafe { with_avx2(&a, &b, &words) };
-            assert_eq!(registers, all_operations::<[f32; LANES]>(&a, &b, &words), "seed {seed}");
+            let registers = unsafe { with_avx2(&a, &b, (block, &sides)) };
+            assert_eq!(registers, all_operations::<[f32; LANES]>(&a, &b, (block, &sides)), "seed {seed}");
         }
     }
 }

@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 use super::f32x8::F32x8;
 use super::lanes::LANES;
 use super::multiply_x86::total_256;
-use crate::gain::{GAINS_OF_AN_OCTAVE, GUARD_SCALES};
+use crate::gain::{BlockGain, FALL_OF_ZERO, GAINS_OF_AN_OCTAVE, GUARD_SCALES};
 
 /// One intrinsic, or a few, as a method. All of them share one reason to be safe.
 macro_rules! with_avx2 {
@@ -36,11 +36,14 @@ fn lookup_16(table: &[f32], indices: __m256i) -> __m256 {
 /// As [`F32x8::unpack_sides`]; the arithmetic is that of [`crate::gain::gain`].
 #[target_feature(enable = "avx2")]
 #[inline]
-fn unpack_eight_sides(words: &[u8; 2 * LANES]) -> (__m256, __m256) {
-    // SAFETY: sixteen bytes are read.
-    let words = _mm256_cvtepu16_epi32(unsafe { _mm_loadu_si128(words.as_ptr().cast()) });
-    let scales = lookup_16(&GUARD_SCALES, _mm256_srli_epi32::<12>(words));
-    let codes = _mm256_and_si256(words, _mm256_set1_epi32(0xfff));
+fn unpack_eight_sides(block: BlockGain, sides: &[u8; LANES]) -> (__m256, __m256) {
+    // SAFETY: eight bytes are read.
+    let sides = _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(sides.as_ptr().cast()) });
+    let scales = lookup_16(&GUARD_SCALES, _mm256_srli_epi32::<4>(sides));
+    let falls = _mm256_and_si256(sides, _mm256_set1_epi32(15));
+    let below = _mm256_sll_epi32(falls, _mm_cvtsi32_si128(i32::from(block.spacing)));
+    let codes = _mm256_sub_epi32(_mm256_set1_epi32(i32::from(block.code)), below);
+    let codes = _mm256_max_epi32(codes, _mm256_set1_epi32(1));
     let (low, high) = GAINS_OF_AN_OCTAVE.split_at(2 * LANES);
     let of_an_octave = _mm256_blendv_ps(
         lookup_16(low, codes),
@@ -49,7 +52,7 @@ fn unpack_eight_sides(words: &[u8; 2 * LANES]) -> (__m256, __m256) {
     );
     let octaves = _mm256_sub_epi32(_mm256_srli_epi32::<5>(codes), _mm256_set1_epi32(64));
     let gains = _mm256_add_epi32(_mm256_castps_si256(of_an_octave), _mm256_slli_epi32::<23>(octaves));
-    let is_zero = _mm256_cmpeq_epi32(codes, _mm256_setzero_si256());
+    let is_zero = _mm256_cmpeq_epi32(falls, _mm256_set1_epi32(i32::from(FALL_OF_ZERO)));
     (_mm256_castsi256_ps(_mm256_andnot_si256(is_zero, gains)), scales)
 }
 
@@ -146,7 +149,7 @@ impl F32x8 for __m256 {
     }
 
     #[inline(always)]
-    fn unpack_sides(words: &[u8; 2 * LANES]) -> (Self, Self) {
-        with_avx2!(unpack_eight_sides(words))
+    fn unpack_sides(block: BlockGain, sides: &[u8; LANES]) -> (Self, Self) {
+        with_avx2!(unpack_eight_sides(block, sides))
     }
 }

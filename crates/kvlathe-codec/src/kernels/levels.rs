@@ -6,28 +6,51 @@
 
 use super::f32x8::F32x8;
 use super::lanes::{LANES, groups_mut};
-use crate::basis::StreamTables;
+use crate::basis::{DRIFT_HALF, StreamTables};
 use crate::block::row_bytes;
+use crate::gain::BlockGain;
 use crate::width::Width;
 
 /// Longest row of codes.
 const MAX_BLOCK_LEN: usize = 256;
 
-/// Calls a function for the block length: its parameters are the bytes of a row of width 2, 4 and 8, and of two of 8.
+/// Calls a function for the block length: its parameters are the bytes of a row of width 1, 2, 4 and 8, and of two of 8.
 macro_rules! for_block_len {
     ($block_len:expr, $function:ident, $args:tt) => {
         match $block_len {
-            8 => for_block_len!(@call $function, (2, 4, 8, 16), $args),
-            16 => for_block_len!(@call $function, (4, 8, 16, 32), $args),
-            32 => for_block_len!(@call $function, (8, 16, 32, 64), $args),
-            64 => for_block_len!(@call $function, (16, 32, 64, 128), $args),
-            128 => for_block_len!(@call $function, (32, 64, 128, 256), $args),
-            _ => for_block_len!(@call $function, (64, 128, 256, 512), $args),
+            8 => for_block_len!(@call $function, (1, 2, 4, 8, 16), $args),
+            16 => for_block_len!(@call $function, (2, 4, 8, 16, 32), $args),
+            32 => for_block_len!(@call $function, (4, 8, 16, 32, 64), $args),
+            64 => for_block_len!(@call $function, (8, 16, 32, 64, 128), $args),
+            128 => for_block_len!(@call $function, (16, 32, 64, 128, 256), $args),
+            _ => for_block_len!(@call $function, (32, 64, 128, 256, 512), $args),
         }
     };
-    (@call $function:ident, ($b2:literal, $b4:literal, $b8:literal, $b16:literal), ($($arg:expr),*)) => {
-        $function::<$b2, $b4, $b8, $b16>($($arg),*)
+    (@call $function:ident, ($b1:literal, $b2:literal, $b4:literal, $b8:literal, $b16:literal), ($($arg:expr),*)) => {
+        $function::<$b1, $b2, $b4, $b8, $b16>($($arg),*)
     };
+}
+
+/// Doubled levels of codes of width 1: each byte holds eight, `BYTES` apart.
+#[inline(always)]
+fn levels_of_1<const BYTES: usize>(bytes: &[u8; BYTES], levels: &mut [i16]) {
+    for (k, run) in levels[..8 * BYTES].as_chunks_mut::<BYTES>().0.iter_mut().enumerate() {
+        for j in 0..BYTES {
+            run[j] = i16::from((bytes[j] >> k) & 1) * 2 - 1;
+        }
+    }
+}
+
+/// Doubled levels of codes of width 3: `low` holds two bits of each, as width 2 does, and `high` one, as width 1 does.
+#[inline(always)]
+fn levels_of_3<const LOW: usize, const HIGH: usize>(low: &[u8; LOW], high: &[u8; HIGH], levels: &mut [i16]) {
+    levels_of_2::<LOW>(low, levels);
+    // A set bit is worth four codes, eight doubled levels; its absence takes as much from the middle.
+    for (k, run) in levels[..8 * HIGH].as_chunks_mut::<HIGH>().0.iter_mut().enumerate() {
+        for j in 0..HIGH {
+            run[j] += i16::from((high[j] >> k) & 1) * 8 - 4;
+        }
+    }
 }
 
 /// Doubled levels of codes of width 2: each byte holds four, `BYTES` apart.
@@ -70,7 +93,7 @@ fn head<const N: usize>(bytes: &[u8]) -> &[u8; N] {
 
 /// One row of any width.
 #[inline(always)]
-fn row_levels<const B2: usize, const B4: usize, const B8: usize, const B16: usize>(
+fn row_levels<const B1: usize, const B2: usize, const B4: usize, const B8: usize, const B16: usize>(
     width: Width,
     row: &[u8],
     levels: &mut [i16],
@@ -78,7 +101,9 @@ fn row_levels<const B2: usize, const B4: usize, const B8: usize, const B16: usiz
     let levels = &mut levels[..B8];
     match width {
         Width::W0 => {}
+        Width::W1 => levels_of_1::<B1>(head(row), levels),
         Width::W2 => levels_of_2::<B2>(head(row), levels),
+        Width::W3 => levels_of_3::<B2, B1>(head(row), head(&row[B2..]), levels),
         Width::W4 => levels_of_4::<B4>(head(row), levels),
         Width::W8 => levels_of_8::<B8>(head(row), levels),
     }
@@ -93,49 +118,74 @@ pub(super) fn unpack_pairs(tables: &StreamTables, rows: &[u8], levels: &mut [i16
 }
 
 #[inline(always)]
-fn unpack_pairs_of<const B2: usize, const B4: usize, const B8: usize, const B16: usize>(
+fn unpack_pairs_of<const B1: usize, const B2: usize, const B4: usize, const B8: usize, const B16: usize>(
     tables: &StreamTables,
     rows: &[u8],
     levels: &mut [i16],
 ) {
-    let [n8, n4, n2] = tables.rows_of_width;
+    let [n8, n4, n3, n2, n1] = tables.rows_of_width;
     let (mut i, mut at) = (0, 0);
     // All coefficients of one width, up to `$end`. Pairs of them are interleaved as bytes; then they are rows of twice the
     // length. What is left over makes a pair with the next width's first.
     macro_rules! width {
-        ($levels_of:ident, $row:ident, $twice:ident, $end:expr) => {
-            while i + 2 <= $end {
-                let mixed = interleaved::<$row, $twice>(&rows[at..]);
-                $levels_of::<$twice>(&mixed, &mut levels[i * B8..(i + 2) * B8]);
+        ($end:expr, $row:expr, $pair:expr) => {
+            let end = $end;
+            while i + 2 <= end {
+                $pair(&rows[at..], &mut levels[i * B8..(i + 2) * B8]);
                 (i, at) = (i + 2, at + 2 * $row);
             }
-            if i < $end {
-                at += unlike_pair::<B2, B4, B8, B16>(tables, i, &rows[at..], levels);
+            if i < end {
+                at += unlike_pair::<B1, B2, B4, B8, B16>(tables, i, &rows[at..], levels);
                 i += 2;
             }
         };
     }
-    width!(levels_of_8, B8, B16, n8);
-    width!(levels_of_4, B4, B8, n8 + n4);
-    width!(levels_of_2, B2, B4, n8 + n4 + n2);
+    width!(n8, B8, pair_of_8::<B8, B16>);
+    width!(n8 + n4, B4, pair_of_4::<B4, B8>);
+    width!(n8 + n4 + n3, B2 + B1, pair_of_3::<B1, B2, B4>);
+    width!(n8 + n4 + n3 + n2, B2, pair_of_2::<B2, B4>);
+    width!(n8 + n4 + n3 + n2 + n1, B1, pair_of_1::<B1, B2>);
     debug_assert_eq!((i, at), (tables.n_coded().next_multiple_of(2), rows.len()));
+}
+
+/// Defines a pair of rows of one width: interleaved as bytes they are one row of twice the length.
+macro_rules! pair {
+    ($name:ident, $levels_of:ident) => {
+        #[inline(always)]
+        fn $name<const ROW: usize, const TWICE: usize>(rows: &[u8], levels: &mut [i16]) {
+            $levels_of::<TWICE>(&interleaved::<ROW, TWICE>(head(rows), head(&rows[ROW..])), levels);
+        }
+    };
+}
+pair!(pair_of_8, levels_of_8);
+pair!(pair_of_4, levels_of_4);
+pair!(pair_of_2, levels_of_2);
+pair!(pair_of_1, levels_of_1);
+
+/// As the others; low and high bits are interleaved apart. `B1` and `B2` are the bytes of rows of these widths.
+#[inline(always)]
+fn pair_of_3<const B1: usize, const B2: usize, const B4: usize>(rows: &[u8], levels: &mut [i16]) {
+    let (even, odd) = rows.split_at(B1 + B2);
+    let low = interleaved::<B2, B4>(head(even), head(odd));
+    let high = interleaved::<B1, B2>(head(&even[B2..]), head(&odd[B2..]));
+    levels_of_3::<B4, B2>(&low, &high, levels);
 }
 
 /// Coefficient `i` and the next, of another width or missing; returns the bytes of their rows.
 #[inline(always)]
-fn unlike_pair<const B2: usize, const B4: usize, const B8: usize, const B16: usize>(
+fn unlike_pair<const B1: usize, const B2: usize, const B4: usize, const B8: usize, const B16: usize>(
     tables: &StreamTables,
     i: usize,
     rows: &[u8],
     levels: &mut [i16],
 ) -> usize {
     let (mut even, mut odd) = ([0i16; MAX_BLOCK_LEN], [0i16; MAX_BLOCK_LEN]);
-    let width = tables.coded[i].width;
-    row_levels::<B2, B4, B8, B16>(width, rows, &mut even);
+    let width = tables.coefficients[i].width;
+    row_levels::<B1, B2, B4, B8, B16>(width, rows, &mut even);
     let mut bytes = row_bytes(width, B8);
     if i + 1 < tables.n_coded() {
-        let next = tables.coded[i + 1].width;
-        row_levels::<B2, B4, B8, B16>(next, &rows[bytes..], &mut odd);
+        let next = tables.coefficients[i + 1].width;
+        row_levels::<B1, B2, B4, B8, B16>(next, &rows[bytes..], &mut odd);
         bytes += row_bytes(next, B8);
     }
     let levels = &mut levels[i * B8..(i + 2) * B8];
@@ -146,10 +196,9 @@ fn unlike_pair<const B2: usize, const B4: usize, const B8: usize, const B16: usi
     bytes
 }
 
-/// Two rows of `BYTES` bytes, one after the other, as even[0], odd[0], even[1], odd[1] …
+/// Two rows as even[0], odd[0], even[1], odd[1] …
 #[inline(always)]
-fn interleaved<const BYTES: usize, const TWICE: usize>(rows: &[u8]) -> [u8; TWICE] {
-    let (even, odd) = (head::<BYTES>(rows), head::<BYTES>(&rows[BYTES..]));
+fn interleaved<const BYTES: usize, const TWICE: usize>(even: &[u8; BYTES], odd: &[u8; BYTES]) -> [u8; TWICE] {
     let mut mixed = [0u8; TWICE];
     assert!(TWICE == 2 * BYTES);
     #[cfg(target_arch = "x86_64")]
@@ -199,7 +248,7 @@ pub(super) fn unpack_row_of_blocks(
 }
 
 #[inline(always)]
-fn unpack_row_of<const B2: usize, const B4: usize, const B8: usize, const B16: usize>(
+fn unpack_row_of<const B1: usize, const B2: usize, const B4: usize, const B8: usize, const B16: usize>(
     width: Width,
     blocks: &[&[u8]],
     at: usize,
@@ -209,13 +258,19 @@ fn unpack_row_of<const B2: usize, const B4: usize, const B8: usize, const B16: u
     macro_rules! each_block {
         ($width:expr) => {
             for b in 0..blocks.len() {
-                row_levels::<B2, B4, B8, B16>($width, &blocks[b][at..], &mut levels[b * B8..(b + 1) * B8]);
+                row_levels::<B1, B2, B4, B8, B16>(
+                    $width,
+                    &blocks[b][at..],
+                    &mut levels[b * B8..(b + 1) * B8],
+                );
             }
         };
     }
     match width {
         Width::W0 => {}
+        Width::W1 => each_block!(Width::W1),
         Width::W2 => each_block!(Width::W2),
+        Width::W3 => each_block!(Width::W3),
         Width::W4 => each_block!(Width::W4),
         Width::W8 => each_block!(Width::W8),
     }
@@ -223,13 +278,29 @@ fn unpack_row_of<const B2: usize, const B4: usize, const B8: usize, const B16: u
 
 /// Gains and step factors of a block's tokens.
 #[inline(always)]
-pub(super) fn unpack_sides<V: F32x8>(side: &[u8], gains: &mut [f32], scales: &mut [f32]) {
-    let words = side.as_chunks::<{ 2 * LANES }>().0;
-    let n = words.len();
+pub(super) fn unpack_sides<V: F32x8>(block: BlockGain, side: &[u8], gains: &mut [f32], scales: &mut [f32]) {
+    let sides = side.as_chunks::<LANES>().0;
+    let n = sides.len();
     let (gains, scales) = (&mut groups_mut(gains)[..n], &mut groups_mut(scales)[..n]);
     for g in 0..n {
-        let (of_group, factors) = V::unpack_sides(&words[g]);
+        let (of_group, factors) = V::unpack_sides(block, &sides[g]);
         of_group.store(&mut gains[g]);
         factors.store(&mut scales[g]);
+    }
+}
+
+/// The drift of all coefficients, in their steps; `units` and `drift` are padded with zeros to whole vectors.
+#[inline(always)]
+pub(super) fn unpack_drift(packed: &[u8], units: &[f32], drift: &mut [f32]) {
+    let n = packed.len();
+    let drift = &mut drift[..units.len()];
+    for j in 0..n {
+        drift[j] = (i32::from(packed[j] & 15) - DRIFT_HALF as i32) as f32 * units[j];
+    }
+    for j in n..units.len().min(2 * n) {
+        drift[j] = (i32::from(packed[j - n] >> 4) - DRIFT_HALF as i32) as f32 * units[j];
+    }
+    for j in 2 * n..units.len() {
+        drift[j] = 0.0;
     }
 }

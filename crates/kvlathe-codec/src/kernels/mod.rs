@@ -35,10 +35,14 @@ use crate::rope::{Rotation, RotationWalk};
 pub struct Scratch {
     /// `[head_dim, block_len]` vectors, component-major.
     pub(crate) x: Vec<f32>,
-    /// `[n_coded, block_len]` coefficients in steps.
+    /// `[head_dim, block_len]` coefficients in steps.
     pub(crate) z: Vec<f32>,
-    /// One row of codes.
+    /// One row of codes, or those of the drift.
     pub(crate) codes: Vec<u8>,
+    /// `[block_len]`.
+    pub(crate) gain_codes: Vec<u16>,
+    /// `[n_blocks, n_padded]` drift in steps.
+    pub(crate) drift: Vec<f32>,
     /// `[n_queries, n_places]` queries in the block's frame, rounded.
     pub(crate) turned: Vec<i16>,
     /// `[n_queries, n_pairs]` the queries' products with the mean in the block's frame.
@@ -46,8 +50,12 @@ pub struct Scratch {
     pub(crate) odd: Vec<f32>,
     /// Integer products, before they become something else.
     pub(crate) products: Vec<i32>,
-    /// `[n_queries, n_padded]`: queries times the synthesis, rounded.
+    /// `[n_queries, n_padded]`: queries times the synthesis, and the same rounded.
+    pub(crate) coefficients: Vec<f32>,
     pub(crate) projected: Vec<i16>,
+    /// `[n_queries, n_blocks]`, then `[n_queries, n_padded]`: weights of blocks, and what their drift adds to sums.
+    pub(crate) block_weights: Vec<f32>,
+    pub(crate) drift_sums: Vec<f32>,
     /// `[n_padded/2, block_len, 2]` doubled levels of a block.
     pub(crate) levels: Vec<i16>,
     /// `[n_queries, block_len]` queries times the mean table.
@@ -78,9 +86,15 @@ fn fit<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) -> Result<()> {
 impl Scratch {
     /// Sizes the buffers for coding a stream.
     pub(crate) fn fit(&mut self, tables: &StreamTables) -> Result<()> {
-        fit(&mut self.x, tables.head_dim * tables.block_len)?;
-        fit(&mut self.z, tables.n_coded() * tables.block_len)?;
-        fit(&mut self.codes, tables.block_len)
+        let (d, n) = (tables.head_dim, tables.block_len);
+        fit(&mut self.x, d * n)?;
+        fit(&mut self.z, d * n)?;
+        fit(&mut self.codes, d.max(n))?;
+        fit(&mut self.gain_codes, n)?;
+        fit(&mut self.drift, tables.n_padded())?;
+        fit(&mut self.row_levels, n)?;
+        fit(&mut self.gains, n)?;
+        fit(&mut self.scales, n)
     }
 
     /// Sizes the buffers for scoring.
@@ -91,7 +105,9 @@ impl Scratch {
         fit(&mut self.even, n_queries * query_tables.mean.n_pairs)?;
         fit(&mut self.odd, n_queries * query_tables.mean.n_pairs)?;
         fit(&mut self.products, n_queries * n.max(n_padded))?;
+        fit(&mut self.coefficients, n_queries * n_padded)?;
         fit(&mut self.projected, n_queries * n_padded)?;
+        fit(&mut self.drift, n_padded)?;
         fit(&mut self.units, n_queries)?;
         fit(&mut self.levels, n_padded * n)?;
         fit(&mut self.mean_scores, n_queries * n)?;
@@ -101,12 +117,21 @@ impl Scratch {
     }
 
     /// Sizes the buffers for accumulating.
-    pub(crate) fn fit_sums(&mut self, n_queries: usize, n_tokens: usize) -> Result<()> {
+    pub(crate) fn fit_sums(
+        &mut self,
+        tables: &StreamTables,
+        n_queries: usize,
+        n_blocks: usize,
+    ) -> Result<()> {
+        let (n_tokens, n_padded) = (n_blocks * tables.block_len, tables.n_padded());
         let stride = n_tokens.next_multiple_of(multiply::DOT_STEP);
         fit(&mut self.products, n_queries * accumulate::TOGETHER)?;
         fit(&mut self.weights_i16, n_queries * stride)?;
         fit(&mut self.units, n_queries)?;
         fit(&mut self.row_levels, accumulate::TOGETHER * stride)?;
+        fit(&mut self.drift, n_blocks * n_padded)?;
+        fit(&mut self.block_weights, n_queries * n_blocks)?;
+        fit(&mut self.drift_sums, n_queries * n_padded)?;
         fit(&mut self.gains, n_tokens)?;
         fit(&mut self.scales, n_tokens)
     }

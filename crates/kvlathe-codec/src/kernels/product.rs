@@ -1,5 +1,7 @@
-//! The matrix products by themselves, for exact parts of a cache.
+//! Products by themselves: of matrices, for exact parts of a cache, and of two vectors.
 
+use super::f32x8::F32x8;
+use super::lanes::groups;
 use super::multiply::Multiply;
 
 /// out[m, n] = a[m, k] · x[k, n]; panics unless the lengths fit (n a multiple of eight).
@@ -12,4 +14,16 @@ pub(super) fn product<M: Multiply>(a: &[f32], x: &[f32], out: &mut [f32], shape:
 #[inline(always)]
 pub(super) fn row_products<M: Multiply>(a: &[f32], b: &[f32], out: &mut [f32], shape: (usize, usize)) {
     M::dot(a, b, out, shape);
+}
+
+/// Σ aₜ·bₜ over a multiple of eight, eight partial sums side by side.
+#[inline(always)]
+pub(super) fn dot<V: F32x8>(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = V::splat(0.0);
+    let a = groups(a);
+    let b = &groups(b)[..a.len()];
+    for g in 0..a.len() {
+        sums = V::load(&a[g]).mul_add(V::load(&b[g]), sums);
+    }
+    sums.total()
 }

@@ -4,10 +4,11 @@ use super::Scratch;
 use super::f32x8::F32x8;
 use super::frame::{score_mean, turn};
 use super::lanes::{groups, groups_mut};
-use super::levels::{unpack_pairs, unpack_sides};
+use super::levels::{unpack_drift, unpack_pairs, unpack_sides};
 use super::multiply::Multiply;
+use super::product::dot;
 use crate::basis::StreamTables;
-use crate::block::SIDE_BYTES_PER_TOKEN;
+use crate::block::Parts;
 use crate::query::{Queries, QueryTables};
 use crate::rope::RotationWalk;
 
@@ -34,7 +35,9 @@ pub(super) fn score<M: Multiply>(
         even,
         odd,
         products,
+        coefficients,
         projected,
+        drift,
         levels,
         mean_scores,
         mean_parts,
@@ -55,30 +58,36 @@ pub(super) fn score<M: Multiply>(
             let rotation = walk.as_ref().map_or((&[][..], &[][..]), |walk| walk.rotation().padded());
             turn::<M::F32x8>(queries, rotation, turned, even, odd);
             score_mean::<M>(&query_tables.mean, queries, (even, odd), mean_parts, mean_scores, n);
-            let dots = &mut products[..n_queries * n_padded];
-            if n_padded > 0 {
-                let n_places = queries.n_places;
-                M::multiply_i16(turned, n_places, &query_tables.synthesis, dots, (n_places, n_padded));
-            }
+            let (dots, n_places) = (&mut products[..n_queries * n_padded], queries.n_places);
+            M::multiply_i16(turned, n_places, &query_tables.synthesis, dots, (n_places, n_padded));
             for q in 0..n_queries {
                 let run = q * n_padded..(q + 1) * n_padded;
-                units[q] = project::<M::F32x8>(&dots[run.clone()], query_tables, &mut projected[run]);
+                units[q] = project::<M::F32x8>(
+                    &dots[run.clone()],
+                    query_tables,
+                    &mut coefficients[run.clone()],
+                    &mut projected[run],
+                );
             }
         }
-        let (side, rows) = blocks[b].split_at(n * SIDE_BYTES_PER_TOKEN);
-        unpack_sides::<M::F32x8>(side, gains, scales);
-        unpack_pairs(tables, rows, levels);
+        let parts = Parts::of(tables, blocks[b]);
+        unpack_sides::<M::F32x8>(parts.gain, parts.side, gains, scales);
+        unpack_drift(parts.drift, &tables.drift_units, drift);
+        unpack_pairs(tables, parts.rows, levels);
         let dots = &mut products[..n_queries * n];
-        if n_padded > 0 {
+        if tables.n_coded() > 0 {
             let k = tables.n_coded().next_multiple_of(2);
             M::multiply_i16(projected, n_padded, levels, dots, (k, n));
         } else {
             dots.fill(0);
         }
         for q in 0..n_queries {
+            // Coefficients are halved, for doubled levels.
+            let drift_score =
+                2.0 * dot::<M::F32x8>(&coefficients[q * n_padded..][..n_padded], &drift[..n_padded]);
             finish_scores::<M::F32x8>(
                 (&dots[q * n..][..n], units[q]),
-                &mean_scores[q * n..][..n],
+                (&mean_scores[q * n..][..n], drift_score),
                 (gains, scales),
                 queries.factors[q],
                 &mut scores[q * n_tokens + b * n..][..n],
@@ -90,11 +99,11 @@ pub(super) fn score<M: Multiply>(
     }
 }
 
-/// score = gain · factor · (product · step factor · unit + mean's score)
+/// score = gain · factor · (product · step factor · unit + mean's score + drift's score)
 #[inline(always)]
 fn finish_scores<V: F32x8>(
     (dots, unit): (&[i32], f32),
-    means: &[f32],
+    (means, drift_score): (&[f32], f32),
     (gains, scales): (&[f32], &[f32]),
     factor: f32,
     scores: &mut [f32],
@@ -103,9 +112,10 @@ fn finish_scores<V: F32x8>(
     let n = scores.len();
     let (dots, means) = (&groups(dots)[..n], &groups(means)[..n]);
     let (gains, scales) = (&groups(gains)[..n], &groups(scales)[..n]);
-    let (unit, factor) = (V::splat(unit), V::splat(factor));
+    let (unit, factor, drift_score) = (V::splat(unit), V::splat(factor), V::splat(drift_score));
     for g in 0..n {
-        let shape = V::load_i32(&dots[g]).mul_add(V::load(&scales[g]).mul(unit), V::load(&means[g]));
+        let rest = V::load(&means[g]).add(drift_score);
+        let shape = V::load_i32(&dots[g]).mul_add(V::load(&scales[g]).mul(unit), rest);
         shape.mul(V::load(&gains[g]).mul(factor)).store(&mut scores[g]);
     }
 }
@@ -123,23 +133,32 @@ fn prefetch(bytes: &[u8]) {
     let _ = bytes;
 }
 
-/// One query's products with the columns, to integers of which the largest is about ±`largest_projected`; returns what
-/// one is worth.
+/// One query's products with the columns, as numbers and as integers; of those that meet levels the largest is about
+/// ±`largest_projected`. Returns what one is worth.
 #[inline(always)]
-fn project<V: F32x8>(products: &[i32], tables: &QueryTables, projected: &mut [i16]) -> f32 {
+fn project<V: F32x8>(
+    products: &[i32],
+    tables: &QueryTables,
+    coefficients: &mut [f32],
+    projected: &mut [i16],
+) -> f32 {
     let products = groups(products);
     let n = products.len();
     let column_units = &groups(&tables.column_units)[..n];
+    let row_units = &groups(&tables.row_units)[..n];
+    let coefficients = &mut groups_mut(coefficients)[..n];
     let mut most = V::splat(0.0);
     for g in 0..n {
-        most = V::load_i32(&products[g]).mul(V::load(&column_units[g])).abs().larger(most);
+        let product = V::load_i32(&products[g]);
+        product.mul(V::load(&column_units[g])).store(&mut coefficients[g]);
+        most = product.mul(V::load(&row_units[g])).abs().larger(most);
     }
     let most = most.largest();
     // A query that no column sees: any factor will do.
     let factor = if most > 0.0 { tables.largest_projected / most } else { 0.0 };
     let projected = &mut groups_mut(projected)[..n];
     for g in 0..n {
-        let coefficients = V::load_i32(&products[g]).mul(V::load(&column_units[g]));
+        let coefficients = V::load_i32(&products[g]).mul(V::load(&row_units[g]));
         coefficients.mul(V::splat(factor)).store_i16(&mut projected[g]);
     }
     most / tables.largest_projected

@@ -49,7 +49,7 @@ fn side(n_kv_heads: usize, d: usize, rank: usize, random: &mut Random) -> SidePr
         mean: random.vec(d, 0.7),
         basis: random.vec(d * d, 2.0),
         importance: random.vec(d, 1.0).into_iter().map(f32::abs).collect(),
-        widths: (0..d).map(|_| [0, 2, 4, 8][((random.next() + 1.0) * 2.0) as usize]).collect(),
+        widths: (0..d).map(|_| [0, 1, 2, 3, 4, 8][((random.next() + 1.0) * 3.0) as usize]).collect(),
     });
     SidePreset { shared: Some(shared), streams: streams.collect() }
 }
