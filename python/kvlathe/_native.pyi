@@ -97,7 +97,11 @@ class NativeLayer:
 @final
 class Moments:
     def __new__(
-        cls, n_kv_heads: int, head_dim: int, ropes: list[tuple[str, int, list[float]] | None]
+        cls,
+        n_kv_heads: int,
+        head_dim: int,
+        ropes: list[tuple[str, int, list[float]] | None],
+        block_len: int,
     ) -> Moments: ...
     @property
     def n_tokens(self) -> int: ...
@@ -115,7 +119,6 @@ class Moments:
         self,
         meta_json: str,
         *,
-        block_len: int,
         shrinkage: float,
         shared_rank: int,
         n_threads: int,

@@ -49,9 +49,9 @@ class CalibrationOptions:
     seed: int = 0
 
 
-def _heads_first(x: Tensor) -> Tensor:
-    """[B, H, T, D] of one window to contiguous float32 [H, T, D] on the CPU."""
-    return x[0].detach().to("cpu", torch.float32).contiguous()
+def _heads_first(x: Tensor, first: int = 0) -> Tensor:
+    """[B, H, T, D] of one window to contiguous float32 [H, T − first, D] on the CPU: its tokens from ``first`` on."""
+    return x[0, :, first:].detach().to("cpu", torch.float32).contiguous()
 
 
 def _rope_tuples(probe: ProbeResult) -> list[tuple[str, int, list[float]] | None]:
@@ -67,9 +67,12 @@ def _fisher_moments(
     generator = torch.Generator(device="cpu").manual_seed(options.seed)
     n_threads = torch.get_num_threads()
 
+    # Sinks are never coded, and look like no other tokens; the first block begins after them.
+    first = options.n_sinks
+
     def on_backward(layer: int, k: Tensor, v: Tensor, dk_far: Tensor, dv_far: Tensor) -> None:
-        moments.add(layer, "key", _heads_first(k), _heads_first(dk_far), 0, n_threads)
-        moments.add(layer, "value", _heads_first(v), _heads_first(dv_far), 0, n_threads)
+        moments.add(layer, "key", _heads_first(k, first), _heads_first(dk_far, first), first, n_threads)
+        moments.add(layer, "value", _heads_first(v, first), _heads_first(dv_far, first), first, n_threads)
 
     plan = TwoSidedPlan(tail=options.tail, n_sinks=options.n_sinks, on_backward=on_backward)
     for window in progress(windows, "calibrating", "window"):
@@ -77,13 +80,13 @@ def _fisher_moments(
 
 
 def _gradient_free_moments(
-    model: PreTrainedModel, windows: Sequence[Tensor], moments: Moments, n_kv_heads: int
+    model: PreTrainedModel, windows: Sequence[Tensor], moments: Moments, n_kv_heads: int, n_sinks: int
 ) -> None:
     n_threads = torch.get_num_threads()
 
     def on_layer(layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        moments.add(layer, "key", _heads_first(k), None, 0, n_threads)
-        moments.add(layer, "value", _heads_first(v), None, 0, n_threads)
+        moments.add(layer, "key", _heads_first(k, n_sinks), None, n_sinks, n_threads)
+        moments.add(layer, "value", _heads_first(v, n_sinks), None, n_sinks, n_threads)
         queries = _heads_first(q)
         n_heads, n_tokens, head_dim = queries.shape
         grouped = queries.reshape(n_kv_heads, n_heads // n_kv_heads * n_tokens, head_dim)
@@ -135,12 +138,12 @@ def calibrate(
     for note in probe.notes:
         (on_note or (lambda _: None))(note)
     shape = probe.shape
-    moments = Moments(shape.n_kv_heads, shape.head_dim, _rope_tuples(probe))
+    moments = Moments(shape.n_kv_heads, shape.head_dim, _rope_tuples(probe), options.block_len)
     grams: list[list[list[float]]] | None = None
     if options.gradients:
         _fisher_moments(model, windows, moments, options)
     else:
-        _gradient_free_moments(model, windows, moments, shape.n_kv_heads)
+        _gradient_free_moments(model, windows, moments, shape.n_kv_heads, options.n_sinks)
         grams = [
             output_projection_metric(model, layer).flatten(1).tolist() for layer in range(shape.n_layers)
         ]
@@ -168,7 +171,6 @@ def calibrate(
     }
     native = moments.design(
         json.dumps(meta),
-        block_len=options.block_len,
         shrinkage=options.shrinkage,
         shared_rank=meta["rank"],
         n_threads=torch.get_num_threads(),
