@@ -18,6 +18,8 @@ mod multiply_x86;
 mod product;
 mod score;
 mod softmax;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 pub(crate) use lanes::LANES;
 
