@@ -30,8 +30,9 @@ fn main() {
     println!(
         "             queries | ns a token: score  softmax      sum | packed GB/s | at peak (of G multiply-adds/s)"
     );
-    // The portable build is the definition, not a contender: without hardware FMA it is slower by two orders.
-    for isa in available_isas().into_iter().filter(|isa| *isa != Isa::Portable) {
+    // On x86-64 the portable build is the definition, not a contender: without FMA it is slower by two orders.
+    let contends = |isa: &Isa| *isa != Isa::Portable || cfg!(target_arch = "aarch64");
+    for isa in available_isas().into_iter().filter(contends) {
         let peak = Peak::of(isa);
         for n_queries in [1, 3, 7, 16] {
             let run = Run::new(isa, n_queries);
@@ -87,8 +88,8 @@ struct Peak {
 
 /// Twelve independent chains, so that the units never wait; `$lanes` multiply-adds an operation.
 macro_rules! chains {
-    ($name:ident, $features:literal, $vector:ty, $one:expr, $lanes:literal, $op:expr) => {
-        #[cfg(target_arch = "x86_64")]
+    ($name:ident, $arch:literal, $features:literal, $vector:ty, $one:expr, $lanes:literal, $op:expr) => {
+        #[cfg(target_arch = $arch)]
         #[target_feature(enable = $features)]
         fn $name() -> f64 {
             const ROUNDS: usize = 2_000;
@@ -110,45 +111,50 @@ macro_rules! chains {
     };
 }
 
+#[cfg(target_arch = "aarch64")]
+use std::arch::aarch64::*;
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
-chains!(float_256, "avx2,fma", __m256, _mm256_set1_ps(0.5), 8, |s, a, b| _mm256_fmadd_ps(a, b, s));
-chains!(float_512, "avx512f", __m512, _mm512_set1_ps(0.5), 16, |s, a, b| _mm512_fmadd_ps(a, b, s));
-chains!(int_256, "avx2", __m256i, _mm256_set1_epi16(3), 16, |s, _, b| _mm256_add_epi32(
+chains!(float_256, "x86_64", "avx2,fma", __m256, _mm256_set1_ps(0.5), 8, |s, a, b| _mm256_fmadd_ps(a, b, s));
+chains!(float_512, "x86_64", "avx512f", __m512, _mm512_set1_ps(0.5), 16, |s, a, b| _mm512_fmadd_ps(a, b, s));
+chains!(int_256, "x86_64", "avx2", __m256i, _mm256_set1_epi16(3), 16, |s, _, b| _mm256_add_epi32(
     s,
     _mm256_madd_epi16(s, b)
 ));
-chains!(int_512, "avx512f,avx512bw", __m512i, _mm512_set1_epi16(3), 32, |s, _, b| _mm512_add_epi32(
-    s,
-    _mm512_madd_epi16(s, b)
-));
-chains!(int_vnni, "avx512f,avx512vnni", __m512i, _mm512_set1_epi16(3), 32, |s, a, b| {
+chains!(int_512, "x86_64", "avx512f,avx512bw", __m512i, _mm512_set1_epi16(3), 32, |s, _, b| {
+    _mm512_add_epi32(s, _mm512_madd_epi16(s, b))
+});
+chains!(int_vnni, "x86_64", "avx512f,avx512vnni", __m512i, _mm512_set1_epi16(3), 32, |s, a, b| {
     _mm512_dpwssd_epi32(s, a, b)
+});
+chains!(float_neon, "aarch64", "neon", float32x4_t, vdupq_n_f32(0.5), 4, |s, a, b| vfmaq_f32(s, a, b));
+chains!(int_neon, "aarch64", "neon", int32x4_t, vdupq_n_s32(3), 4, |s, a, _| {
+    let factor = vget_low_s16(vreinterpretq_s16_s32(a));
+    vmlal_s16(s, factor, factor)
 });
 
 impl Peak {
     fn of(isa: Isa) -> Self {
-        #[cfg(target_arch = "x86_64")]
-        {
-            // SAFETY: `available_isas` gives only instruction sets that the machine has.
-            let once = || unsafe {
-                match isa.name() {
-                    "avx2" => Some((float_256(), int_256())),
-                    "avx512" => Some((float_512(), int_512())),
-                    "avx512vnni" => Some((float_512(), int_vnni())),
-                    _ => None,
-                }
-            };
-            let rounds: Vec<(f64, f64)> = (0..20).filter_map(|_| once()).collect();
-            if !rounds.is_empty() {
-                let best = |values: Vec<f64>| values.into_iter().fold(0.0, f64::max);
-                let float = best(rounds.iter().map(|round| round.0).collect());
-                return Self { float, int16: best(rounds.iter().map(|round| round.1).collect()) };
+        // SAFETY: `available_isas` gives only instruction sets that the machine has.
+        let once = || unsafe {
+            match isa.name() {
+                #[cfg(target_arch = "x86_64")]
+                "avx2" => Some((float_256(), int_256())),
+                #[cfg(target_arch = "x86_64")]
+                "avx512" => Some((float_512(), int_512())),
+                #[cfg(target_arch = "x86_64")]
+                "avx512vnni" => Some((float_512(), int_vnni())),
+                #[cfg(target_arch = "aarch64")]
+                "portable" | "neon" => Some((float_neon(), int_neon())),
+                _ => None,
             }
-        }
-        let _ = isa;
-        Self { float: f64::NAN, int16: f64::NAN }
+        };
+        let rounds: Vec<(f64, f64)> = (0..20).filter_map(|_| once()).collect();
+        // NaN where nobody knows.
+        let best = |values: Vec<f64>| values.into_iter().fold(f64::NAN, f64::max);
+        let float = best(rounds.iter().map(|round| round.0).collect());
+        Self { float, int16: best(rounds.iter().map(|round| round.1).collect()) }
     }
 }
 

@@ -136,11 +136,19 @@ impl F32x8 for [f32; LANES] {
 }
 
 #[cfg(test)]
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod tests {
     use super::*;
     use crate::kernels::{Isa, available_isas};
-    use std::arch::x86_64::__m256;
+    #[cfg(target_arch = "aarch64")]
+    use std::arch::aarch64::float32x4x2_t as Registers;
+    #[cfg(target_arch = "x86_64")]
+    use std::arch::x86_64::__m256 as Registers;
+
+    #[cfg(target_arch = "x86_64")]
+    const ISA: Isa = Isa::Avx2;
+    #[cfg(target_arch = "aarch64")]
+    const ISA: Isa = Isa::Neon;
 
     /// Every operation on a few inputs, as bits.
     #[inline(always)]
@@ -178,14 +186,49 @@ mod tests {
         bits
     }
 
-    #[target_feature(enable = "avx2,fma")]
-    fn with_avx2(a: &[f32; LANES], b: &[f32; LANES], sides: (BlockGain, &[u8; LANES])) -> Vec<u32> {
-        all_operations::<__m256>(a, b, sides)
+    /// Where registers must do as arrays do with NaN and with zeros of both signs.
+    #[inline(always)]
+    fn selections<V: F32x8>(a: &[f32; LANES], b: &[f32; LANES]) -> Vec<u32> {
+        let (x, y) = (V::load(a), V::load(b));
+        let mut bits = vec![x.larger(y).largest().to_bits(), y.larger(x).largest().to_bits()];
+        for vector in [x.larger(y), y.larger(x), x.mul_sub(y, x.mul(y)), y.mul_sub(y, y)] {
+            let mut lanes = [0.0; LANES];
+            vector.store(&mut lanes);
+            // Of NaN, bits are nobody's business.
+            bits.extend(lanes.map(|v| if v.is_nan() { u32::MAX } else { v.to_bits() }));
+        }
+        bits
+    }
+
+    #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma"))]
+    #[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon"))]
+    fn in_registers(a: &[f32; LANES], b: &[f32; LANES], sides: (BlockGain, &[u8; LANES])) -> Vec<u32> {
+        all_operations::<Registers>(a, b, sides)
+    }
+
+    #[cfg_attr(target_arch = "x86_64", target_feature(enable = "avx2,fma"))]
+    #[cfg_attr(target_arch = "aarch64", target_feature(enable = "neon"))]
+    fn selections_in_registers(a: &[f32; LANES], b: &[f32; LANES]) -> Vec<u32> {
+        selections::<Registers>(a, b)
+    }
+
+    #[test]
+    fn registers_select_as_arrays_do() {
+        if !available_isas().contains(&ISA) {
+            return;
+        }
+        let values = [0.0, -0.0, f32::NAN, 1.5, -1.5, f32::INFINITY, f32::NEG_INFINITY, 1.0];
+        for turn in 0..LANES {
+            let turned = std::array::from_fn(|l| values[(l + turn) % LANES]);
+            // SAFETY: the CPU has the features of `ISA`, asked above.
+            let registers = unsafe { selections_in_registers(&values, &turned) };
+            assert_eq!(registers, selections::<[f32; LANES]>(&values, &turned), "turned by {turn}");
+        }
     }
 
     #[test]
     fn registers_agree_with_arrays_to_the_bit() {
-        if !available_isas().contains(&Isa::Avx2) {
+        if !available_isas().contains(&ISA) {
             return;
         }
         for seed in 0..4096u32 {
@@ -199,8 +242,8 @@ mod tests {
             // All heads, and all side bytes many times.
             let block = BlockGain::unpack((seed * 16 + seed % 16) as u16);
             let sides = std::array::from_fn(|i| (seed / 3 * 8 + i as u32) as u8);
-            // SAFETY: the CPU has AVX2 and FMA, asked above.
-            let registers = unsafe { with_avx2(&a, &b, (block, &sides)) };
+            // SAFETY: the CPU has the features of `ISA`, asked above.
+            let registers = unsafe { in_registers(&a, &b, (block, &sides)) };
             assert_eq!(registers, all_operations::<[f32; LANES]>(&a, &b, (block, &sides)), "seed {seed}");
         }
     }

@@ -9,7 +9,7 @@ use std::sync::LazyLock;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Isa {
-    /// Whatever the build's target guarantees (SSE2 on x86-64, NEON on aarch64).
+    /// Whatever the build's target guarantees (SSE2 on x86-64, the compiler's use of NEON on aarch64).
     Portable,
     /// AVX2 and FMA.
     #[cfg(target_arch = "x86_64")]
@@ -20,6 +20,9 @@ pub enum Isa {
     /// AVX-512 with VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
+    /// NEON, in intrinsics.
+    #[cfg(target_arch = "aarch64")]
+    Neon,
 }
 
 impl Isa {
@@ -34,6 +37,8 @@ impl Isa {
             Self::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Vnni => "avx512vnni",
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => "neon",
         }
     }
 }
@@ -41,7 +46,7 @@ impl Isa {
 /// Every instruction set this machine can run, slowest first.
 #[must_use]
 pub fn available_isas() -> Vec<Isa> {
-    #[allow(unused_mut, reason = "only x86-64 adds to the list")]
+    #[allow(unused_mut, reason = "only x86-64 and aarch64 add to the list")]
     let mut isas = vec![Isa::Portable];
     #[cfg(target_arch = "x86_64")]
     {
@@ -60,11 +65,15 @@ pub fn available_isas() -> Vec<Isa> {
             }
         }
     }
+    #[cfg(target_arch = "aarch64")]
+    if std::arch::is_aarch64_feature_detected!("neon") {
+        isas.push(Isa::Neon);
+    }
     isas
 }
 
 /// The instruction set in use: the fastest one, or the one that the environment variable `KVLATHE_ISA` names
-/// (`portable`, `avx2`, `avx512`, `avx512vnni`) if the machine has it. Read once.
+/// (`portable`, `avx2`, `avx512`, `avx512vnni`, `neon`) if the machine has it. Read once.
 #[must_use]
 pub fn best_isa() -> Isa {
     static BEST: LazyLock<Isa> = LazyLock::new(|| {

@@ -6,6 +6,8 @@
 mod accumulate;
 mod body;
 mod f32x8;
+#[cfg(target_arch = "aarch64")]
+mod f32x8_neon;
 #[cfg(target_arch = "x86_64")]
 mod f32x8_x86;
 mod frame;
@@ -13,11 +15,15 @@ mod isa;
 mod lanes;
 mod levels;
 mod multiply;
+#[cfg(target_arch = "aarch64")]
+mod multiply_neon;
 #[cfg(target_arch = "x86_64")]
 mod multiply_x86;
 mod product;
 mod score;
 mod softmax;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod tiles;
 
 pub(crate) use lanes::LANES;
 
@@ -164,6 +170,18 @@ macro_rules! for_each_isa {
                     Isa::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     Isa::Avx512Vnni => return unsafe { avx512_vnni($($arg),*) },
+                    Isa::Portable => {}
+                }
+            }
+            #[cfg(target_arch = "aarch64")]
+            {
+                #[target_feature(enable = "neon")]
+                fn neon($($arg: $ty),*) {
+                    $module::$body::<multiply_neon::Neon>($($arg),*);
+                }
+                match isa {
+                    // SAFETY: an `Isa` other than `Portable` is only made after the CPU reported its features.
+                    Isa::Neon => return unsafe { neon($($arg),*) },
                     Isa::Portable => {}
                 }
             }

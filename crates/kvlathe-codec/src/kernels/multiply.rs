@@ -140,3 +140,87 @@ impl Multiply for Portable {
         }
     }
 }
+
+#[cfg(test)]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod tests {
+    use super::*;
+    use crate::kernels::{Isa, available_isas};
+
+    /// Integers of up to ±`largest`, the extremes among them.
+    fn integers(n: usize, largest: i32, seed: u32) -> Vec<i16> {
+        (0..n as u32)
+            .map(|i| match (i * 8 + seed).wrapping_mul(0x9e37_79b9).rotate_left(13) {
+                hash if hash % 5 == 0 => largest as i16,
+                hash if hash % 5 == 1 => -largest as i16,
+                hash => (hash as i32 % largest) as i16,
+            })
+            .collect()
+    }
+
+    fn floats(n: usize, seed: u32) -> Vec<f32> {
+        integers(n, 32_700, seed).into_iter().map(|v| f32::from(v) * 0.37).collect()
+    }
+
+    /// Every height and width of tiles, and some more rows and columns than asked for.
+    fn agrees_with_portable<M: Multiply>(name: &str) {
+        for m in (1..=9).chain([17]) {
+            for (k, n) in [(2, 8), (32, 8), (64, 16), (96, 24), (64, 40), (32, 64)] {
+                // No sum may exceed 32 bits, as the callers see to it.
+                let largest = (f64::from(i32::MAX) / k as f64).sqrt() as i32;
+                let (stride, case) = (k + 4, format!("{name} m={m} k={k} n={n}"));
+                let (a, x) = (integers(m * stride, largest, 1), integers(k * n, largest, 2));
+                let [mut ours, mut portable] = [(); 2].map(|()| vec![7; m * n]);
+                M::multiply_i16(&a, stride, &x, &mut ours, (k, n));
+                Portable::multiply_i16(&a, stride, &x, &mut portable, (k, n));
+                assert_eq!(ours, portable, "multiply_i16 {case}");
+            }
+            // Odd k among them: of the drift, k is the number of blocks.
+            for (k, n) in [(1, 8), (3, 40), (32, 8), (64, 16), (96, 24), (64, 40), (32, 64)] {
+                let case = format!("{name} m={m} k={k} n={n}");
+                let (a, x) = (floats(m * k, 3), floats(k * n, 4));
+                let [mut ours, mut portable] = [(); 2].map(|()| vec![7.0; m * n]);
+                M::multiply(&a, &x, &mut ours, (k, n));
+                Portable::multiply(&a, &x, &mut portable, (k, n));
+                assert_eq!(ours, portable, "multiply {case}");
+            }
+            for (k, n) in [(32, 1), (64, 2), (32, 3), (96, 4), (64, 7), (8, 5), (40, 6)] {
+                let case = format!("{name} m={m} k={k} n={n}");
+                if k % DOT_STEP == 0 {
+                    let largest = (f64::from(i32::MAX) / k as f64).sqrt() as i32;
+                    let (a, b) = (integers(m * k, largest, 5), integers(n * k, largest, 6));
+                    let [mut ours, mut portable] = [(); 2].map(|()| vec![7; m * n]);
+                    M::dot_i16(&a, &b, &mut ours, (k, n));
+                    Portable::dot_i16(&a, &b, &mut portable, (k, n));
+                    assert_eq!(ours, portable, "dot_i16 {case}");
+                }
+                let (a, b) = (floats(m * k, 7), floats(n * k, 8));
+                let [mut ours, mut portable] = [(); 2].map(|()| vec![7.0; m * n]);
+                M::dot(&a, &b, &mut ours, (k, n));
+                Portable::dot(&a, &b, &mut portable, (k, n));
+                // The order of summation is free: an error of a few units in the last place of Σ |a|·|b|.
+                let bound = 1e-6 * k as f32 * 1.5e8;
+                for (ours, portable) in ours.iter().zip(&portable) {
+                    assert!((ours - portable).abs() <= bound, "dot {case}: {ours} for {portable}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn products_are_those_of_the_portable_text() {
+        for isa in available_isas() {
+            match isa {
+                Isa::Portable => {}
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2 => agrees_with_portable::<super::super::multiply_x86::Avx2>(isa.name()),
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512 => agrees_with_portable::<super::super::multiply_x86::Avx512>(isa.name()),
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512Vnni => agrees_with_portable::<super::super::multiply_x86::Avx512Vnni>(isa.name()),
+                #[cfg(target_arch = "aarch64")]
+                Isa::Neon => agrees_with_portable::<super::super::multiply_neon::Neon>(isa.name()),
+            }
+        }
+    }
+}
