@@ -49,7 +49,7 @@ def _calibrated(name: str, block_len: int, overrides: tuple[tuple[str, Any], ...
 def preset_of(name: str, bits: float = 6.0, block_len: int = 8, **overrides: Any) -> Preset:
     """A calibrated preset of a tiny model; ``bits`` without the side information."""
     preset = _calibrated(name, block_len, tuple(sorted(overrides.items())))
-    return preset.with_bits(bits + 16.0 / preset.meta["head_dim"])
+    return preset.with_bits(bits + preset.side_bits_per_value)
 
 
 def stream_compressor(

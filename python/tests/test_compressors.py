@@ -315,7 +315,9 @@ def test_stream_compressor_describes_itself() -> None:
         for side in ("key", "value")
     )
     assert mean / 4 == pytest.approx(preset.bits_per_value, abs=1e-6)
-    assert preset.bits_per_value <= 5.0
+    assert 3.9 < preset.bits_per_value - preset.side_bits_per_value <= 4.0
+    # Two bytes, one a token and half a one a coefficient, for 8 tokens of 16 numbers.
+    assert preset.side_bits_per_value == 8 * (2 + 8 + 8) / (8 * 16)
     assert (compressor.block_len, compressor.n_sinks, compressor.coded_token_dim) == (8, 4, 1)
     assert "n_kv_heads=2, head_dim=16, block_len=8" in repr(compressor)
     expected = 8 * 8 * compressor.native.block_bytes / (2 * 16 * 8) / 8
