@@ -182,8 +182,8 @@ def test_the_evaluator_is_conservative(name: str, chunk: int) -> None:
     real = float(torch.cat(klds).mean())
     assert 0.0 < real <= 1.1 * quality.kld
     if chunk == 1:
-        # And not by a wide margin: only the incomplete block makes the difference, in layers that code anything. A window
-        # of 24 tokens leaves 7 beyond the tail, which are no block, while the evaluator takes them for coded.
+        # And not by a wide margin: only the incomplete block makes the difference, in layers that code anything. A
+        # window of 24 tokens leaves 7 beyond the tail, which are no block; the evaluator takes them for coded.
         sides = (
             [
                 cache.compressor(at, side) if layer.n_coded else IdentityCompressor()

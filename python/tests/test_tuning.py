@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cache_helpers import TAIL, model_of, preset_of
+from cache_helpers import TAIL, hand_made_preset, model_of, preset_of
 from kvlathe import (
     BudgetError,
     CalibrationOptions,
@@ -33,8 +33,8 @@ from kvlathe.evaluation import upper_bound
 from kvlathe.tuning import CurvePoint, _verify, describe_budget, search_bits
 from tiny_models import VOCAB
 
-# The grid of the search: multiples of 1/8 bit. Side information is 1.125 bits a value here (blocks of 8 tokens of 16 numbers),
-# and coefficients have from 0.5 to 8.
+# The grid of the search: multiples of 1/8 bit. Side information is 1.125 bits a value here (blocks of 8 tokens of 16
+# numbers), and coefficients have from 0.5 to 8.
 _GRID = [1.625 + step / 8 for step in range(61)]
 
 
@@ -106,6 +106,22 @@ def test_the_search_at_the_least_rate() -> None:
     best, _, _ = _search(lambda bits: True)
     assert best is not None
     assert best.bits_per_value == _rates()[0]
+
+
+@pytest.mark.parametrize("head_dim", [1, 2, 3])
+def test_the_search_where_side_information_is_most_of_the_rate(head_dim: int) -> None:
+    """The grid begins above 3.5 bits, where the search looks first otherwise."""
+    preset = hand_made_preset([0] * head_dim)
+    assert preset.side_bits_per_value > 3.5
+    for coefficient_bits in (0.0, 1.0, 7.5):
+        least = preset.side_bits_per_value + coefficient_bits
+
+        def try_bits(candidate: Preset, least: float = least) -> CurvePoint:
+            return _point(candidate.bits_per_value, candidate.bits_per_value >= least)
+
+        best, curve = search_bits(preset, try_bits)
+        assert best is not None and best.within
+        assert len(curve) <= 8
 
 
 @pytest.mark.parametrize("seed", range(5))

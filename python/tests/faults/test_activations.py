@@ -2,12 +2,12 @@
 
 The bound (docs/block_format.md) has three parts.
 
-* Gains: 14 of a block's spacings, each 2^k/32 octaves, reach from its largest gain to its smallest, and no smaller k does
-  that. A token's gain is off by half a spacing at most, beside the half code by which gains are rounded first.
-* Drift: within half a level, 0.1875 standard deviations, of the mean over the block's tokens, each clamped to ±4; the last
-  levels stand for all that lies beyond.
-* Coefficients, drift taken out: with s₀ the smallest guard factor under which none clips, the weighted error of a token,
-  Σ λᵢ·(zᵢ − ẑᵢ)², is at most Σ λᵢ·(s₀·Δᵢ/2)². Those of width 0 have drift only.
+* Gains: 14 of a block's spacings, each 2^k/32 octaves, reach from its largest gain to its smallest, and no smaller k
+  does that. A token's gain is off by half a spacing at most, beside the half code by which gains are rounded first.
+* Drift: within half a level, 0.1875 standard deviations, of the mean over the block's tokens, each clamped to ±4; the
+  last levels stand for all that lies beyond.
+* Coefficients, drift taken out: with s₀ the smallest guard factor under which none clips, the weighted error of a
+  token, Σ λᵢ·(zᵢ − ẑᵢ)², is at most Σ λᵢ·(s₀·Δᵢ/2)². Those of width 0 have drift only.
 """
 
 from __future__ import annotations
