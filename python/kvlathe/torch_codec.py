@@ -158,7 +158,7 @@ class TorchStreamCodec:
         return self._gains[torch.where(falls == _FALL_OF_ZERO, torch.zeros_like(codes), codes)]
 
     def _choose_drift(self, head: _Head, z: Tensor) -> Tensor:
-        """Drift codes [..., 1, D] of coefficients z[..., block_len, D]: of the mean over the block, outliers clamped."""
+        """Codes [..., 1, D] of the drift of z[..., block_len, D]: the mean over the block, outliers clamped."""
         reach = head.drift_units * (_DRIFT_REACH / _DRIFT_STEP)
         total = torch.minimum(torch.maximum(z, -reach), reach).sum(-2, keepdim=True)
         level = torch.floor(total * (1.0 / (head.drift_units * self.block_len)) + 0.5)
