@@ -165,7 +165,7 @@ def main() -> int:
             "bits a value, coded part",
             f"{32.0:.1f}",
             f"{preset.bits_per_value:.2f}",
-            "gain and guard included",
+            "side information included",
         ),
         (
             "perplexity",

@@ -194,7 +194,7 @@ class StreamSetCompressor(nn.Module):
 
     @property
     def bits_per_value(self) -> float:
-        """Bits a value, gain and guard included."""
+        """Bits a value, side information included."""
         return self.native.bits_per_value
 
     def on_device(self, device: torch.device) -> TorchStreamCodec:

@@ -1,7 +1,7 @@
 """The packed format in torch, for devices that the native code does not reach. Same tables, same bytes.
 
-The native scalar encoder defines the format (`docs/block_format.md`). Sums run in another order here, so a
-coefficient that lies on the border of two codes may fall to the other side; everything else is equal.
+The native scalar encoder defines the format (`docs/block_format.md`). Sums run in another order here, so a coefficient
+or a drift that lies on the border of two codes may fall to the other side; everything else is equal.
 """
 
 from __future__ import annotations
@@ -9,28 +9,39 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._native import StreamSetCodec
 from .errors import NonFiniteError
 
-# docs/block_format.md, "Side information".
+# docs/block_format.md: gains and guards, drift.
 _GUARD_SCALES = (0.75, 0.84, 0.92, 1.0, 1.09, 1.19, 1.3, 1.42, 1.6, 1.85, 2.3, 3.2, 6.0, 24.0, 256.0, 16384.0)
 _GUARD_CANDIDATES = 5
 _GAIN_CODES_PER_OCTAVE = 32
 _GAIN_CODE_OF_ONE = 2048
+_MOST_GAIN_CODE = 4095
+_MOST_FALL = 14
+_FALL_OF_ZERO = 15
+_HEAD_BYTES = 2
+_DRIFT_HALF = 8  # levels of drift go from -8 to 7
+_DRIFT_STEP = 0.1875  # of a standard deviation
+_DRIFT_REACH = 4.0  # standard deviations that a token may add to its block's drift
 MAX_MAGNITUDE = 1e17
 
 
 @dataclass(frozen=True)
 class _Head:
-    """Tables of one stream, on the device. See the native `StreamTables` for shapes and units."""
+    """Tables of one stream, on the device. See the native `StreamTables` for units.
 
-    widths: tuple[int, ...]
-    analysis: Tensor  # [n_coded, D]
-    synthesis: Tensor  # [D, n_coded]
-    coded_mean: Tensor  # [n_coded, block_len]
+    Coefficients are in the order of storage: those with drift only follow the ``n_coded`` ones that have rows.
+    """
+
+    widths: tuple[int, ...]  # [n_coded]
+    analysis: Tensor  # [D, D]
+    synthesis: Tensor  # [D, D]
+    coded_mean: Tensor  # [D, block_len]
     shape_mean: Tensor  # [D, block_len]
+    drift_units: Tensor  # [D]
     step_cost: Tensor  # [n_coded]
     half: Tensor  # [n_coded], half the number of levels
 
@@ -46,10 +57,12 @@ class TorchStreamCodec:
     def __init__(self, codec: StreamSetCodec, device: torch.device) -> None:
         self.block_len, self.head_dim = codec.block_len, codec.head_dim
         self.block_bytes = codec.block_bytes
+        self._drift_at = _HEAD_BYTES + self.block_len
+        self._rows_at = self._drift_at + (self.head_dim + 1) // 2
         self._device = device
         self._heads = [self._load(codec, head) for head in range(codec.n_heads)]
         # MPS has no float64: tables are made on the CPU.
-        codes = torch.arange(4096, dtype=torch.float64)
+        codes = torch.arange(_MOST_GAIN_CODE + 1, dtype=torch.float64)
         gains = torch.exp2((codes - _GAIN_CODE_OF_ONE) / _GAIN_CODES_PER_OCTAVE)
         gains[0] = 0.0
         self._gains = gains.to(torch.float32).to(device)
@@ -58,22 +71,21 @@ class TorchStreamCodec:
 
     def _load(self, codec: StreamSetCodec, head: int) -> _Head:
         tables = codec.tables(head)
-        widths = tuple(tables["widths"])
-        n_coded, d, n = len(widths), codec.head_dim, codec.block_len
+        widths = tuple(width for width in tables["widths"] if width)
+        d, n = codec.head_dim, codec.block_len
 
         def table(name: str, *shape: int) -> Tensor:
-            if not all(shape):
-                return torch.zeros(shape, device=self._device)
             values = torch.frombuffer(bytearray(tables[name]), dtype=torch.float32)
             return values.view(*shape).to(self._device)
 
         return _Head(
             widths=widths,
-            analysis=table("analysis", n_coded, d),
-            synthesis=table("synthesis", d, n_coded),
-            coded_mean=table("coded_mean", n_coded, n),
+            analysis=table("analysis", d, d),
+            synthesis=table("synthesis", d, d),
+            coded_mean=table("coded_mean", d, n),
             shape_mean=table("shape_mean", d, n),
-            step_cost=table("step_cost", n_coded),
+            drift_units=table("drift_units", d),
+            step_cost=table("step_cost", d)[: len(widths)],
             half=torch.tensor([2.0 ** (w - 1) for w in widths], device=self._device),
         )
 
@@ -112,20 +124,49 @@ class TorchStreamCodec:
         )
 
     def _encode_head(self, head: _Head, x: Tensor) -> Tensor:
-        mean_square = x.square().sum(-1) / self.head_dim
-        # In float32 on the device; a gain code may differ by one from the native one at a border, which is no error.
-        log_gain = mean_square.log2() * (_GAIN_CODES_PER_OCTAVE / 2)
-        gain_codes = (log_gain.round() + _GAIN_CODE_OF_ONE).clamp(0, 4095)
-        gain_codes = torch.where(mean_square > 0, gain_codes, torch.zeros_like(gain_codes)).to(torch.int64)
-        gain = self._gains[gain_codes]
-        inverse_gain = torch.where(gain > 0, 1.0 / gain, torch.zeros_like(gain))
-        z = (x @ head.analysis.T) * inverse_gain[..., None] - head.coded_mean.T
+        n_coded = len(head.widths)
+        packed_head, falls, gain = self._choose_gains(x.square().sum(-1) / self.head_dim)
+        z = (x @ head.analysis.T) * (1.0 / gain)[..., None] - head.coded_mean.T
+        z = torch.where((gain > 0)[..., None], z, torch.zeros_like(z))
+        drift = self._choose_drift(head, z)
+        z = (z - self._drift(head, drift))[..., :n_coded]
         guard = self._choose_guard(head, z)
         codes = self._quantise(head, z, self._scales[guard]).to(torch.uint8)
-        side = gain_codes | (guard << 12)
-        side_bytes = torch.stack([side & 255, side >> 8], dim=-1).to(torch.uint8).flatten(-2)
+        side = (falls | (guard << 4)).to(torch.uint8)
         rows = [_pack_row(width, codes[..., i]) for i, width in enumerate(head.widths)]
-        return torch.cat([side_bytes, *rows], dim=-1)
+        return torch.cat([packed_head, side, _pack_drift(drift), *rows], dim=-1)
+
+    def _choose_gains(self, mean_square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A block's head [..., 2], its tokens' falls [..., block_len], and the gains γ̂ that these stand for."""
+        # In float32 on the device; a gain code may differ by one from the native one at a border, which is no error.
+        log_gain = mean_square.log2() * (_GAIN_CODES_PER_OCTAVE / 2)
+        codes = (log_gain.round() + _GAIN_CODE_OF_ONE).clamp(0, _MOST_GAIN_CODE)
+        codes = torch.where(mean_square > 0, codes, torch.zeros_like(codes)).to(torch.int64)
+        largest = codes.amax(-1, keepdim=True)
+        smallest = torch.where(codes > 0, codes, largest).amin(-1, keepdim=True)
+        # The least spacing with which the smallest gain can be stated.
+        reaches = _MOST_FALL << torch.arange(16, device=codes.device)
+        spacing = (reaches < largest - smallest).sum(-1, keepdim=True)
+        falls = (largest - codes + ((1 << spacing) >> 1)) >> spacing
+        falls = torch.where(codes > 0, falls.clamp_max(_MOST_FALL), torch.full_like(codes, _FALL_OF_ZERO))
+        stated = largest | (spacing << 12)
+        packed = torch.cat([stated & 255, stated >> 8], dim=-1).to(torch.uint8)
+        return packed, falls, self._gain(largest, spacing, falls)
+
+    def _gain(self, largest: Tensor, spacing: Tensor, falls: Tensor) -> Tensor:
+        codes = (largest - (falls << spacing)).clamp_min(1)
+        return self._gains[torch.where(falls == _FALL_OF_ZERO, torch.zeros_like(codes), codes)]
+
+    def _choose_drift(self, head: _Head, z: Tensor) -> Tensor:
+        """Codes [..., 1, D] of the drift of z[..., block_len, D]: the mean over the block, outliers clamped."""
+        reach = head.drift_units * (_DRIFT_REACH / _DRIFT_STEP)
+        total = torch.minimum(torch.maximum(z, -reach), reach).sum(-2, keepdim=True)
+        level = torch.floor(total * (1.0 / (head.drift_units * self.block_len)) + 0.5)
+        return level.clamp(-_DRIFT_HALF, _DRIFT_HALF - 1).to(torch.int64) + _DRIFT_HALF
+
+    def _drift(self, head: _Head, codes: Tensor) -> Tensor:
+        """What drift codes stand for, in steps."""
+        return (codes - _DRIFT_HALF) * head.drift_units
 
     def _quantise(self, head: _Head, z: Tensor, scale: Tensor) -> Tensor:
         levels = torch.floor(z * (1.0 / scale)[..., None])
@@ -152,7 +193,7 @@ class TorchStreamCodec:
         batch, n_blocks, _ = packed.shape
         outputs, at = [], 0
         for head in self._heads:
-            n_bytes = 2 * self.block_len + sum(self.block_len * width // 8 for width in head.widths)
+            n_bytes = self._rows_at + sum(self.block_len * width // 8 for width in head.widths)
             outputs.append(self._decode_head(head, packed[..., at : at + n_bytes]))
             at += n_bytes
         x = self._turn(torch.stack(outputs, dim=1), position, +1)
@@ -163,29 +204,57 @@ class TorchStreamCodec:
 
     def _decode_head(self, head: _Head, packed: Tensor) -> Tensor:
         n = self.block_len
-        side = packed[..., : 2 * n].to(torch.int64).unflatten(-1, (n, 2))
-        side = side[..., 0] | (side[..., 1] << 8)
-        gain, scale = self._gains[side & 4095], self._scales[side >> 12]
-        at, levels = 2 * n, []
+        stated, side = packed[..., :_HEAD_BYTES].to(torch.int64), packed[..., _HEAD_BYTES : self._drift_at]
+        stated, side = stated[..., :1] | (stated[..., 1:] << 8), side.to(torch.int64)
+        gain, scale = self._gain(stated & 4095, stated >> 12, side & 15), self._scales[side >> 4]
+        drift = _unpack_drift(packed[..., self._drift_at : self._rows_at], self.head_dim)
+        z = self._drift(head, drift.to(torch.int64)).expand(*gain.shape, -1)
+        at, levels = self._rows_at, []
         for width in head.widths:
             row = packed[..., at : at + n * width // 8]
             levels.append(_unpack_row(width, row).to(torch.float32) + (0.5 - 2.0 ** (width - 1)))
             at += n * width // 8
-        if not levels:
-            return head.shape_mean.T * gain[..., None]
-        shape = (torch.stack(levels, dim=-1) @ head.synthesis.T) * scale[..., None] + head.shape_mean.T
-        return shape * gain[..., None]
+        if levels:
+            n_coded = len(levels)
+            coded = torch.stack(levels, dim=-1) * scale[..., None] + z[..., :n_coded]
+            z = torch.cat([coded, z[..., n_coded:]], dim=-1)
+        return (z @ head.synthesis.T + head.shape_mean.T) * gain[..., None]
+
+
+def _pack_drift(codes: Tensor) -> Tensor:
+    """Codes [..., 1, D], below 16, to [..., ⌈D/2⌉ bytes]: byte j holds those of the coefficients j and j + ⌈D/2⌉."""
+    n = (codes.shape[-1] + 1) // 2
+    codes = nn.functional.pad(codes[..., 0, :], (0, 2 * n - codes.shape[-1]))
+    return (codes[..., :n] | (codes[..., n:] << 4)).to(torch.uint8)
+
+
+def _unpack_drift(packed: Tensor, head_dim: int) -> Tensor:
+    return torch.cat([packed & 15, packed >> 4], dim=-1)[..., None, :head_dim]
 
 
 def _pack_row(width: int, codes: Tensor) -> Tensor:
-    """Codes [..., n] of one coefficient to its row [..., n·width/8]: runs of tokens side by side in a byte."""
-    runs = codes.unflatten(-1, (8 // width, -1))
-    row = runs[..., 0, :]
-    for k in range(1, 8 // width):
-        row = row | (runs[..., k, :] << (width * k))
-    return row
+    """Codes [..., n] of one coefficient to its row [..., n·width/8]."""
+    if width == 3:
+        return torch.cat([_pack_runs(2, codes & 3), _pack_runs(1, codes >> 2)], dim=-1)
+    return _pack_runs(width, codes)
 
 
 def _unpack_row(width: int, row: Tensor) -> Tensor:
-    mask = (1 << width) - 1
-    return torch.cat([(row >> (width * k)) & mask for k in range(8 // width)], dim=-1)
+    if width == 3:
+        n_low = row.shape[-1] // 3 * 2
+        return _unpack_runs(2, row[..., :n_low]) | (_unpack_runs(1, row[..., n_low:]) << 2)
+    return _unpack_runs(width, row)
+
+
+def _pack_runs(bits: int, codes: Tensor) -> Tensor:
+    """Codes [..., n] of so many bits to [..., n·bits/8]: runs of tokens side by side in a byte."""
+    runs = codes.unflatten(-1, (8 // bits, -1))
+    row = runs[..., 0, :]
+    for k in range(1, 8 // bits):
+        row = row | (runs[..., k, :] << (bits * k))
+    return row
+
+
+def _unpack_runs(bits: int, row: Tensor) -> Tensor:
+    mask = (1 << bits) - 1
+    return torch.cat([(row >> (bits * k)) & mask for k in range(8 // bits)], dim=-1)

@@ -141,7 +141,7 @@ def search_bits(
     """Bisect over the rate for the fewest bits within the budget: at most eight measurements.
 
     Returns:
-        The best point (None if even 8 bits a coefficient are not within) and all points by rising rate.
+        The best point (None if even the highest rate of the grid is not within) and all points by rising rate.
     """
     # Rates are multiples of the grid, side information included.
     least = math.ceil(preset.side_bits_per_value / _GRID) * _GRID + _LEAST_COEFFICIENT_BITS
@@ -159,7 +159,7 @@ def search_bits(
 
     # Most budgets are met between 1 and 3.5 bits: bracket there first, and widen only where that fails.
     low, high = -1, n_steps
-    likely = round((3.5 - least) / _GRID)
+    likely = min(max(0, round((3.5 - least) / _GRID)), n_steps)
     if within(likely):
         high = likely
     else:

@@ -20,6 +20,7 @@ from kvlathe import (
     StreamSetCompressor,
     calibrate,
 )
+from kvlathe._native import Preset as NativePreset
 from kvlathe.preset import Side
 from tiny_models import VOCAB, tiny
 
@@ -49,7 +50,7 @@ def _calibrated(name: str, block_len: int, overrides: tuple[tuple[str, Any], ...
 def preset_of(name: str, bits: float = 6.0, block_len: int = 8, **overrides: Any) -> Preset:
     """A calibrated preset of a tiny model; ``bits`` without the side information."""
     preset = _calibrated(name, block_len, tuple(sorted(overrides.items())))
-    return preset.with_bits(bits + 16.0 / preset.meta["head_dim"])
+    return preset.with_bits(bits + preset.side_bits_per_value)
 
 
 def stream_compressor(
@@ -63,6 +64,50 @@ def stream_compressor(
     """One side's calibrated codec."""
     preset = preset_of(name, bits, block_len, **overrides)
     return StreamSetCompressor(preset.codec(layer, side), preset.n_sinks)
+
+
+def hand_made_preset(
+    widths: list[int],
+    *,
+    mean: Tensor | None = None,
+    basis: Tensor | None = None,
+    inv_freq: tuple[float, ...] = (),
+    block_len: int = 8,
+) -> Preset:
+    """A preset of one layer with one KV head; with no mean and no basis, coefficients are the components."""
+    d = len(widths)
+    identity = torch.eye(d)
+    stream = {
+        "mean": (torch.zeros(d) if mean is None else mean).tolist(),
+        "basis": (identity if basis is None else basis).tolist(),
+        "importance": [1.0] * d,
+        "widths": widths,
+    }
+    side = {"U": identity.tolist(), "mean": [0.0] * d, "streams": [stream]}
+    rope = {"pairing": "half_split", "rotary_dim": 2 * len(inv_freq), "inv_freq": inv_freq}
+    lathe = {
+        "format_version": 2,
+        "n_kv_heads": 1,
+        "block_len": block_len,
+        "n_sinks": 0,
+        "bits_per_value": 0.0,
+        "rope": [rope] if inv_freq else [],
+    }
+    content = {
+        "model": "made by hand",
+        "rank": d,
+        "head_dim": d,
+        "n_layers": 1,
+        "n_heads": 1,
+        "kvlathe": lathe,
+    }
+    content["layers"] = [{"rope": 0 if inv_freq else None, "K": side, "V": side}]
+    return Preset(NativePreset.from_bytes(json.dumps(content).encode()))
+
+
+def hand_made_compressor(widths: list[int], **parts: Any) -> StreamSetCompressor:
+    """The codec of the keys of `hand_made_preset`."""
+    return StreamSetCompressor(hand_made_preset(widths, **parts).codec(0, "key"), 0)
 
 
 def identity_cache(model: PreTrainedModel) -> CompressedDynamicCache:

@@ -69,6 +69,10 @@ def test_logits_are_those_of_the_expanded_path(name: str, padding: int, steps: l
     preset = preset_of(name, model)
     ids = prompt(2, 54 + sum(steps))
     mask = torch.ones_like(ids)
+    if padding and model.config._attn_implementation == "eager":
+        # Eager attention hands padding other values than ours does, zeros. The tokens of a block share its drift and
+        # the spacing of its gains, so here padding fills the sinks and a block.
+        padding = preset.n_sinks + preset.meta["kvlathe"]["block_len"]
     mask[1, :padding] = 0
     expected = logits_of(model, preset, ids, mask, steps)
     before = model.config._attn_implementation

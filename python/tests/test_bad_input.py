@@ -309,7 +309,7 @@ def test_malformed_seed_json(tmp_path: Path, keys: tuple[Any, ...], value: Any, 
 @pytest.mark.parametrize(
     ("keys", "value", "mentions"),
     [
-        (("format_version",), 2, ["format version 2", "upgrade"]),
+        (("format_version",), 3, ["format version 3", "upgrade"]),
         (("format_version",), ..., ["format_version"]),
         (("n_kv_heads",), 3, ["n_kv_heads", "3"]),
         (("block_len",), 24, ["block_len", "24"]),
@@ -339,7 +339,7 @@ def test_malformed_parts_of_ours(
 @pytest.mark.parametrize(
     ("keys", "value"),
     [
-        (("widths", 3), 3),
+        (("widths", 3), 5),
         (("widths", 3), 256),
         (("widths",), [8] * 15),
         (("mean", 0), None),

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from cache_helpers import low_rank, model_of, orthonormal, preset_of, random_kv, stream_compressor, tokens
+from cache_helpers import (
+    hand_made_compressor,
+    low_rank,
+    model_of,
+    orthonormal,
+    preset_of,
+    random_kv,
+    stream_compressor,
+    tokens,
+)
 from kvlathe import QuantizedCalibratedCompressor, StreamSetCompressor
 from kvlathe.compressors import NATIVE_DTYPES
 from kvlathe.errors import DtypeError, NonFiniteError, PresetError, ShapeError
@@ -253,6 +263,106 @@ def test_torch_and_native_codec_agree_on_extremes() -> None:
     assert float(error.median()) < 0.4
 
 
+WIDTHS = (0, 1, 2, 3, 4, 8)
+
+
+def _some_basis(d: int) -> Tensor:
+    """Not orthogonal, not symmetric, and exact in float16."""
+    i, j = torch.meshgrid(torch.arange(d), torch.arange(d), indexing="ij")
+    return torch.eye(d) + ((i * 5 + j * 3) % 8 - 4) / 64
+
+
+@pytest.mark.parametrize("block_len", [8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("widths", [*([w] for w in WIDTHS), list(WIDTHS)], ids=str)
+@pytest.mark.parametrize("d", [24, 5])
+def test_torch_and_native_codec_agree_on_every_width(d: int, widths: list[int], block_len: int) -> None:
+    """Bytes and values, with keys that are turned and an odd head_dim that leaves half a byte of drift."""
+    generator = torch.Generator().manual_seed(0)
+    compressor = hand_made_compressor(
+        (widths * d)[:d],
+        mean=torch.linspace(-0.5, 0.5, d),
+        basis=_some_basis(d),
+        inv_freq=(1.0, 0.25),
+        block_len=block_len,
+    )
+    codec = compressor.on_device(CPU)
+    stored = list(compressor.native.tables(0)["widths"])
+    assert stored == sorted((widths * d)[:d], reverse=True)
+    assert codec.block_bytes == 2 + block_len + (d + 1) // 2 + block_len * sum(stored) // 8
+    # Some blocks lie off the mean, each of the tokens has a size of its own, and two are zero.
+    offset = 0.5 * torch.randn(2, 1, 4, 1, d, generator=generator)
+    x = torch.randn(2, 1, 4, block_len, d, generator=generator) + offset
+    x = (x * torch.logspace(-2, 2, block_len)[:, None]).flatten(2, 3)
+    x[:, :, 3] = 0.0
+    native, by_torch = compressor.compress(x, 40), codec.encode(x, 40)
+    assert native.shape == by_torch.shape
+    assert _different(native, by_torch) < 0.005
+    decoded = compressor.expand(native, 40)
+    near = {"rtol": 1e-5, "atol": 1e-5}
+    size = x.norm(dim=-1, keepdim=True).clamp_min(1e-3)
+    torch.testing.assert_close(codec.decode(native, 40, torch.float32) / size, decoded / size, **near)
+    again = codec.decode(by_torch, 40, torch.float32)
+    assert float((again - x).norm()) <= 1.01 * float((decoded - x).norm())
+    assert not decoded[:, :, 3].any() and not again[:, :, 3].any()
+
+
+def _both(compressor: StreamSetCompressor) -> list[tuple[Any, Any]]:
+    """Encoders and decoders of the native codec and of that in torch."""
+    codec = compressor.on_device(CPU)
+    return [
+        (lambda x: compressor.compress(x), lambda c: compressor.expand(c)),
+        (lambda x: codec.encode(x, 0), lambda c: codec.decode(c, 0, torch.float32)),
+    ]
+
+
+def _drift_codes(packed: Tensor, d: int, block_len: int) -> Tensor:
+    """[n_blocks, d] of the first row of a batch."""
+    stored = packed[0, :, 2 + block_len : 2 + block_len + (d + 1) // 2].int()
+    return torch.cat([stored & 15, stored >> 4], dim=-1)[:, :d]
+
+
+@pytest.mark.parametrize("width", [0, 1, 2, 3, 4])
+def test_what_a_block_has_in_common_costs_little(width: int) -> None:
+    """The same tokens, in two blocks that lie on either side of the mean, and mixed, so that no block has drift."""
+    d, n = 16, 32
+    generator = torch.Generator().manual_seed(1)
+    offset = torch.randn(d, generator=generator).sign()
+    one, other = 0.5 * torch.randn(2, n, d, generator=generator) + torch.stack([offset, -offset])[:, None]
+    apart, mixed = torch.cat([one, other]), torch.stack([one, other], dim=1).flatten(0, 1)
+    # Tokens are coded in units of their own size, √1.25 here, and a standard deviation is 0.6 of that.
+    compressor = hand_made_compressor([width] * d, basis=0.6 * torch.eye(d), block_len=n)
+    shared = offset / 1.25**0.5 / 0.6
+    for encode, decode in _both(compressor):
+        errors = []
+        for x in (apart, mixed):
+            packed = encode(x[None, None])
+            errors.append(float((decode(packed)[0, 0] - x).norm()))
+            levels = _drift_codes(packed, d, n) - 8
+            expected = torch.stack([shared, -shared]) if x is apart else torch.zeros(2, d)
+            off = (levels - (expected / 0.1875).clamp(-8, 7)).abs()  # levels reach from -8 to 7
+            # To half a level and what 32 tokens, that lie 0.75 about their mean, leave to chance.
+            assert float(off.max()) < 0.5 + 3 * 0.75 / 32**0.5 / 0.1875
+        assert errors[0] < 0.85 * errors[1], errors
+
+
+@pytest.mark.parametrize("n", [8, 64])
+def test_an_outlying_token_does_not_move_the_drift(n: int) -> None:
+    """What a token may add is clamped to four standard deviations, so that one of n changes the mean by at most 8/n."""
+    d = 16
+    compressor = hand_made_compressor([2] * d, mean=torch.ones(d), basis=0.125 * torch.eye(d), block_len=n)
+    x = 1 + 0.125 * torch.randn(n, d, generator=torch.Generator().manual_seed(2))
+    outlying = x.clone()
+    # As long as the others, and 24 standard deviations off in one component, 8 in the rest.
+    outlying[n // 2] = 4.0 * (torch.arange(d) == 5)
+    others = torch.arange(n) != n // 2
+    for encode, decode in _both(compressor):
+        before, after = (encode(t[None, None]) for t in (x, outlying))
+        moved = (_drift_codes(after, d, n) - _drift_codes(before, d, n)).abs()
+        assert int(moved.max()) <= math.ceil(8 / n / 0.1875)
+        errors = [float((decode(c)[0, 0] - t)[others].norm()) for c, t in ((before, x), (after, outlying))]
+        assert errors[1] < (1.25 if n == 8 else 1.05) * errors[0]
+
+
 @pytest.mark.parametrize("name", ROPES)
 def test_error_falls_with_bits(name: str) -> None:
     for side in ("key", "value"):
@@ -315,7 +425,9 @@ def test_stream_compressor_describes_itself() -> None:
         for side in ("key", "value")
     )
     assert mean / 4 == pytest.approx(preset.bits_per_value, abs=1e-6)
-    assert preset.bits_per_value <= 5.0
+    assert 3.9 < preset.bits_per_value - preset.side_bits_per_value <= 4.0
+    # Two bytes, one a token and half a one a coefficient, for 8 tokens of 16 numbers.
+    assert preset.side_bits_per_value == 8 * (2 + 8 + 8) / (8 * 16)
     assert (compressor.block_len, compressor.n_sinks, compressor.coded_token_dim) == (8, 4, 1)
     assert "n_kv_heads=2, head_dim=16, block_len=8" in repr(compressor)
     expected = 8 * 8 * compressor.native.block_bytes / (2 * 16 * 8) / 8

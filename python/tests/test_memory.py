@@ -32,9 +32,10 @@ _PER_BLOCK = 40  # reference counts and pointers of one block, at most
 
 
 def _packed_block(preset: Any, layer: int, side: str) -> int:
-    """Bytes of one block of all heads: two a token and head, and its coefficients' widths."""
+    """Bytes of one block of all heads: two, one a token, half a one a coefficient, and the coefficients' widths."""
     n = preset.meta["kvlathe"]["block_len"]
-    return sum(2 * n + n * sum(widths) // 8 for widths in preset.native.widths(layer, side))
+    widths_of_heads = preset.native.widths(layer, side)
+    return sum(2 + n + (len(widths) + 1) // 2 + n * sum(widths) // 8 for widths in widths_of_heads)
 
 
 @pytest.mark.parametrize("bits", [1.0, 3.0, 6.0])

@@ -182,8 +182,17 @@ def test_the_evaluator_is_conservative(name: str, chunk: int) -> None:
     real = float(torch.cat(klds).mean())
     assert 0.0 < real <= 1.1 * quality.kld
     if chunk == 1:
-        # And not by a wide margin: only the incomplete block makes the difference.
-        assert real >= 0.5 * quality.kld
+        # And not by a wide margin: only the incomplete block makes the difference, in layers that code anything. A
+        # window of 24 tokens leaves 7 beyond the tail, which are no block; the evaluator takes them for coded.
+        sides = (
+            [
+                cache.compressor(at, side) if layer.n_coded else IdentityCompressor()
+                for at, layer in enumerate(cache.layers)
+            ]
+            for side in ("key", "value")
+        )
+        coding = CompressedDynamicCache(*sides, len(cache.layers), uncompressed_tail=TAIL)
+        assert real >= 0.5 * _evaluate(model, coding, windows).kld
 
 
 def test_a_longer_tail_costs_less() -> None:

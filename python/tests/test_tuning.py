@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cache_helpers import TAIL, model_of, preset_of
+from cache_helpers import TAIL, hand_made_preset, model_of, preset_of
 from kvlathe import (
     BudgetError,
     CalibrationOptions,
@@ -33,8 +33,9 @@ from kvlathe.evaluation import upper_bound
 from kvlathe.tuning import CurvePoint, _verify, describe_budget, search_bits
 from tiny_models import VOCAB
 
-# The grid of the search: 16 bits a token and head for gain and guard, and from 0.5 to 8 bits a coefficient.
-_GRID = [0.5 + step / 8 for step in range(61)]
+# The grid of the search: multiples of 1/8 bit. Side information is 1.125 bits a value here (blocks of 8 tokens of 16
+# numbers), and coefficients have from 0.5 to 8.
+_GRID = [1.625 + step / 8 for step in range(61)]
 
 
 def _point(bits: float, within: bool) -> CurvePoint:
@@ -59,7 +60,7 @@ def _point(bits: float, within: bool) -> CurvePoint:
 def _rates() -> list[float]:
     """What the preset makes of each grid point: widths are whole, so a little less than asked for."""
     preset = preset_of("llama")
-    return [preset.with_bits(1.0 + bits).bits_per_value for bits in _GRID]
+    return [preset.with_bits(bits).bits_per_value for bits in _GRID]
 
 
 def _search(is_within: Callable[[float], bool]) -> tuple[CurvePoint | None, list[CurvePoint], int]:
@@ -77,8 +78,8 @@ def _search(is_within: Callable[[float], bool]) -> tuple[CurvePoint | None, list
 def test_rates_rise_along_the_grid() -> None:
     rates = _rates()
     assert rates == sorted(rates)
-    assert all(rate <= 1.0 + bits + 1e-9 for rate, bits in zip(rates, _GRID, strict=True))
-    assert rates[-1] == pytest.approx(9.0)
+    assert all(bits - 0.1 < rate <= bits + 1e-9 for rate, bits in zip(rates, _GRID, strict=True))
+    assert rates[-1] == pytest.approx(9.125)
 
 
 @pytest.mark.parametrize("step", range(61))
@@ -97,7 +98,7 @@ def test_the_search_reports_when_nothing_is_within() -> None:
     best, curve, n_tried = _search(lambda bits: False)
     assert best is None
     assert n_tried == len(curve) <= 8
-    assert curve[-1].bits_per_value == pytest.approx(9.0)  # it did try the highest rate
+    assert curve[-1].bits_per_value == pytest.approx(9.125)  # it did try the highest rate
     assert not any(point.within for point in curve)
 
 
@@ -105,6 +106,22 @@ def test_the_search_at_the_least_rate() -> None:
     best, _, _ = _search(lambda bits: True)
     assert best is not None
     assert best.bits_per_value == _rates()[0]
+
+
+@pytest.mark.parametrize("head_dim", [1, 2, 3])
+def test_the_search_where_side_information_is_most_of_the_rate(head_dim: int) -> None:
+    """The grid begins above 3.5 bits, where the search looks first otherwise."""
+    preset = hand_made_preset([0] * head_dim)
+    assert preset.side_bits_per_value > 3.5
+    for coefficient_bits in (0.0, 1.0, 7.5):
+        least = preset.side_bits_per_value + coefficient_bits
+
+        def try_bits(candidate: Preset, least: float = least) -> CurvePoint:
+            return _point(candidate.bits_per_value, candidate.bits_per_value >= least)
+
+        best, curve = search_bits(preset, try_bits)
+        assert best is not None and best.within
+        assert len(curve) <= 8
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -249,7 +266,7 @@ def test_an_impossible_budget() -> None:
     options = _options(target_ppl_delta=None, target_kld=1e-12)
     with pytest.raises(BudgetError, match=r"KLD at most 1e-12") as caught:
         tune(model_of("llama"), Bytes(), _corpus(), options)
-    assert "9.00 bits" in str(caught.value)
+    assert "9.12 bits" in str(caught.value)
 
 
 @pytest.mark.parametrize(

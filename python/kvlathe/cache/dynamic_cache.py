@@ -326,7 +326,7 @@ class CompressedDynamicCache(RecurrentStates):
 
         Returns:
             total_bytes (and total_mb, 2^20 bytes): exact_bytes of sinks, tail and uncoded sides, plus coded_bytes
-            of packed blocks with gains, guards and padding. uncompressed_bytes_equivalent: what `DynamicCache`
+            of packed blocks with their side information and padding. uncompressed_bytes_equivalent: what `DynamicCache`
             would take, and compression_ratio, their quotient. bits_per_value: total bits over all numbers held.
             compressed_tokens (the most that any layer holds coded) and uncompressed_tokens add up to seq_len.
             window_layers: those that hold their sliding window only. stock_layers: transformers' own, with

@@ -1,7 +1,13 @@
 """Adversarial keys and values: the quantiser's bound holds for every token, and attention from the blocks with it.
 
-The bound (docs/block_format.md): with s₀ the smallest guard factor under which no coefficient clips, the weighted error
-of a token's coefficients, Σ λᵢ·(zᵢ − ẑᵢ)², is at most Σ λᵢ·(s₀·Δᵢ/2)². Coefficients of width 0 are lost.
+The bound (docs/block_format.md) has three parts.
+
+* Gains: 14 of a block's spacings, each 2^k/32 octaves, reach from its largest gain to its smallest, and no smaller k
+  does that. A token's gain is off by half a spacing at most, beside the half code by which gains are rounded first.
+* Drift: within half a level, 0.1875 standard deviations, of the mean over the block's tokens, each clamped to ±4; the
+  last levels stand for all that lies beyond.
+* Coefficients, drift taken out: with s₀ the smallest guard factor under which none clips, the weighted error of a
+  token, Σ λᵢ·(zᵢ − ẑᵢ)², is at most Σ λᵢ·(s₀·Δᵢ/2)². Those of width 0 have drift only.
 """
 
 from __future__ import annotations
@@ -98,66 +104,119 @@ def _frame(x: np.ndarray, codec: Any) -> np.ndarray:
 
 
 def _assert_within_the_bound(
-    given: Tensor, held: Tensor, compressor: StreamSetCompressor, turned: float
+    given: Tensor, packed: Tensor, held: Tensor, compressor: StreamSetCompressor, turned: float
 ) -> None:
-    """Each coded token by itself, in float64, from the codec's tables."""
+    """Each coded token by itself, in float64, from the codec's tables.
+
+    Args:
+        given: tokens [1, H, n, D].
+        packed: what they were coded to, [1, n / block_len, block bytes].
+        held: what that stands for, [1, H, n, D].
+        turned: relative error of rotations in float32.
+    """
     codec = compressor.native
-    n_coded = (given.shape[2] - N_SINKS) // BLOCK_LEN * BLOCK_LEN
-    assert torch.equal(held[:, :, :N_SINKS], given[:, :, :N_SINKS])
-    assert torch.equal(held[:, :, N_SINKS + n_coded :], given[:, :, N_SINKS + n_coded :])
-    coded = slice(N_SINKS, N_SINKS + n_coded)
-    x, decoded = (_frame(t[0, :, coded].double().numpy(), codec) for t in (given, held))
+    x, decoded = (_frame(t[0].double().numpy(), codec) for t in (given, held))
+    at = 0
     for head in range(HEADS):
         tables = codec.tables(head)
-        widths = np.frombuffer(tables["widths"], np.uint8)
-        analysis, coded_mean, cost = (
-            np.frombuffer(tables[name], np.float32).astype(np.float64)
-            for name in ("analysis", "coded_mean", "step_cost")
-        )
-        analysis = analysis.reshape(len(widths), DIM)
-        means = coded_mean.reshape(len(widths), BLOCK_LEN).T[np.arange(n_coded) % BLOCK_LEN]
-        # float32 sums underflow where float64 ones would not.
-        mean_square = (x[head].astype(np.float32) ** 2).sum(-1, dtype=np.float32) / DIM
-        logarithm = 16 * np.log2(np.maximum(mean_square.astype(np.float64), 1e-300))
-        for code in (np.floor(logarithm), np.ceil(logarithm)):
-            # Close to the middle of two gain codes either may have been taken.
-            close = np.abs(logarithm - np.round(logarithm)) > 0.499
-            code = np.where(close, code, np.round(logarithm)) + 2048
-            gain = np.where(
-                (mean_square > 0) & (code >= 1), 2.0 ** ((np.minimum(code, 4095) - 2048) / 32), 0.0
-            )
-            zero = gain == 0
-            assert not decoded[head][zero].any()
-            assert (np.linalg.norm(x[head][zero], axis=-1) <= math.sqrt(DIM) * 2.0**-63).all()
-            inverse = 1 / np.where(zero, 1.0, gain)[:, None]
-            steps, decoded_steps = ((v[head] * inverse) @ analysis.T - means for v in (x, decoded))
-            half_levels = 2.0 ** (widths - 1)
-            guard = np.searchsorted(_GUARDS, (np.abs(steps) / half_levels).max(-1, initial=0.0) * (1 - 1e-5))
-            assert (guard < 16).all()
-            error = (cost * (steps - decoded_steps) ** 2).sum(-1)
-            bound = (cost * (_GUARDS[guard, None] / 2) ** 2).sum(-1)
-            # Rounding of the decoded numbers, and of the rotation, against the size of the vector.
-            slack = (cost * (turned * np.abs(steps).max(-1, keepdims=True) + 1e-4) ** 2).sum(-1)
-            within = zero | (error <= (np.sqrt(bound) + np.sqrt(slack)) ** 2)
-            if within.all():
-                break
-        assert within.all(), (head, error[~within], bound[~within])
+        widths = np.frombuffer(tables["widths"], np.uint8).astype(int)
+        n_bytes = 2 + BLOCK_LEN + DIM // 2 + BLOCK_LEN * int(widths.sum()) // 8
+        blocks = packed[0, :, at : at + n_bytes].numpy().astype(int)
+        at += n_bytes
+        for block, of_head in enumerate(blocks):
+            tokens_ = slice(block * BLOCK_LEN, (block + 1) * BLOCK_LEN)
+            _assert_block_within_the_bound(x[head, tokens_], of_head, decoded[head, tokens_], tables, turned)
+    assert at == codec.block_bytes
+
+
+def _assert_block_within_the_bound(
+    x: np.ndarray, packed: np.ndarray, decoded: np.ndarray, tables: dict[str, bytes], turned: float
+) -> None:
+    widths = np.frombuffer(tables["widths"], np.uint8).astype(int)
+    analysis, coded_mean, cost, units = (
+        np.frombuffer(tables[name], np.float32).astype(np.float64)
+        for name in ("analysis", "coded_mean", "step_cost", "drift_units")
+    )
+    analysis, means = analysis.reshape(DIM, DIM), coded_mean.reshape(DIM, BLOCK_LEN).T
+
+    # Gains. float32 sums underflow where float64 ones would not.
+    side = packed[2 : 2 + BLOCK_LEN]
+    largest, spacing, fall = packed[0] | (packed[1] & 15) << 8, packed[1] >> 4, side & 15
+    mean_square = ((x.astype(np.float32) ** 2).sum(-1, dtype=np.float32) / DIM).astype(np.float64)
+    code = 16 * np.log2(np.maximum(mean_square, 1e-300)) + 2048
+    zero = fall == 15
+    assert (zero | (code >= 0.49)).all() and (~zero | (code <= 0.51)).all()
+    assert not decoded[zero].any()
+    assert (np.linalg.norm(x[zero], axis=-1) <= math.sqrt(DIM) * 2.0**-63).all()
+    if zero.all():
+        assert largest == spacing == 0
+        return
+    stated = np.maximum(largest - (fall << spacing), 1)
+    off = np.abs(np.minimum(code, 4095) - stated)[~zero]
+    assert (off <= 2**spacing / 2 * (spacing > 0) + 0.51).all(), (off, spacing)
+    reached = code[~zero].max() - code[~zero].min()
+    assert spacing == 0 or 14 * 2 ** (spacing - 1) < reached + 1.02
+    gain = np.where(zero, 0.0, 2.0 ** ((stated - 2048) / 32))
+
+    # Drift, in steps.
+    inverse = np.where(zero, 0.0, 1 / np.where(zero, 1.0, gain))[:, None]
+    given_steps, decoded_steps = (
+        np.where(zero[:, None], 0.0, (v * inverse) @ analysis.T - means) for v in (x, decoded)
+    )
+    rounding = turned * np.abs(given_steps).max(-1, keepdims=True) + 1e-4
+    nibbles = packed[2 + BLOCK_LEN : 2 + BLOCK_LEN + DIM // 2]
+    level = np.concatenate([nibbles & 15, nibbles >> 4]) - 8
+    reach = units * (4 / 0.1875)
+    mean = np.clip(given_steps, -reach, reach).mean(0) / units
+    within = np.abs(level - np.clip(mean, -8, 7)) <= 0.5 + rounding.mean() / units
+    assert within.all(), (level, mean)
+
+    # Coefficients. What has drift only decodes to it.
+    steps = given_steps - level * units
+    only_drift = np.abs(decoded_steps - level * units)[~zero][:, widths == 0]
+    decoded_size = np.abs(decoded_steps).max(-1, keepdims=True)[~zero]
+    assert (only_drift <= turned * decoded_size + 1e-4).all()
+    coded = widths > 0
+    half_levels = 2.0 ** (widths[coded] - 1)
+    ratio = (np.abs(steps[:, coded]) / half_levels).max(-1, initial=0.0)
+    guard = np.searchsorted(_GUARDS, ratio * (1 - 1e-5))
+    assert (guard < 16).all()
+    error = (cost * (given_steps - decoded_steps) ** 2)[:, coded].sum(-1)
+    bound = (cost[coded] * (_GUARDS[guard, None] / 2) ** 2).sum(-1)
+    # Rounding of the decoded numbers, and of the rotation, against the size of the vector.
+    slack = (cost[coded] * rounding**2).sum(-1)
+    kept = zero | (error <= (np.sqrt(bound) + np.sqrt(slack)) ** 2)
+    assert kept.all(), (error[~kept], bound[~kept])
 
 
 @pytest.mark.parametrize("bits", _BITS)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_the_quantisers_bound_holds(name: str, bits: float) -> None:
-    """Through both stores, as keys and as values, in the expanded path."""
+    """By the native codec and by that in torch, as keys and as values; and both stores hold what the codec gives."""
     x = ACTIVATIONS[name]
     keys, values = _codec("key", bits), _codec("value", bits)
+    coded = slice(N_SINKS, N_SINKS + 80)
+    middle = x[:, :, coded].contiguous()
+    expected = []
+    for compressor in (keys, values):
+        packed = compressor.compress(middle, N_SINKS)
+        expected.append(compressor.expand(packed, N_SINKS))
+        _assert_within_the_bound(middle, packed, expected[-1], compressor, 1e-5)
+        in_torch = compressor.on_device(torch.device("cpu"))
+        packed = in_torch.encode(middle, N_SINKS)
+        decoded = in_torch.decode(packed, N_SINKS, torch.float32)
+        _assert_within_the_bound(middle, packed, decoded, compressor, 1e-5)
     for store in (StreamSetCompressor, PlainStreams):
         cache = one_layer_cache(store(keys.native, N_SINKS), store(values.native, N_SINKS))
         cache.update(x, x, 0)
         layer = cache.layers[0]
         assert layer.n_coded == 80
-        assert bool(layer.keys.isfinite().all()) and bool(layer.values.isfinite().all())
-        _assert_within_the_bound(x, layer.keys, keys, 1e-5)
-        _assert_within_the_bound(x, layer.values, values, 1e-5)
+        for held, decoded in zip((layer.keys, layer.values), expected, strict=True):
+            assert bool(held.isfinite().all())
+            for exact in (slice(N_SINKS), slice(coded.stop, None)):
+                assert torch.equal(held[:, :, exact], x[:, :, exact])
+            assert torch.equal(held[:, :, coded], decoded)
+            assert held.shape == x.shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
