@@ -48,10 +48,13 @@ class CompressedLayer(DynamicLayer):
         self.attends_next = False
         super().__init__()
 
+    # Every method looks at `_store` once: a `reset` from another thread may take it away in between.
+
     # The protocol's `keys` and `values`: expanded on demand, never kept.
     @property
     def keys(self) -> Tensor | None:
-        return self._store.read()[0] if self._store else None
+        store = self._store
+        return store.read()[0] if store else None
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
@@ -59,7 +62,8 @@ class CompressedLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor | None:
-        return self._store.read()[1] if self._store else None
+        store = self._store
+        return store.read()[1] if store else None
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
@@ -72,6 +76,9 @@ class CompressedLayer(DynamicLayer):
             )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self._begin(key_states, value_states)
+
+    def _begin(self, key_states: Tensor, value_states: Tensor) -> LayerStore:
         wanted = self._wanted_device
         given = key_states.device
         if wanted is not None and (given.type != wanted.type or (wanted.index not in (None, given.index))):
@@ -83,8 +90,9 @@ class CompressedLayer(DynamicLayer):
         self._form = Form.of(key_states, value_states)
         # What stubs show: one element seen through zero strides, the right shape without the memory.
         self._element = key_states.new_zeros(())
-        self._store = self._new_store(key_states, value_states)
+        store = self._store = self._new_store(key_states, value_states)
         self.is_initialized = True
+        return store
 
     def _new_store(self, key_states: Tensor, value_states: Tensor) -> LayerStore:
         return make_store(self._k_compressor, self._v_compressor, self.policy, key_states, value_states)
@@ -101,15 +109,14 @@ class CompressedLayer(DynamicLayer):
             NonFiniteError: NaN or infinity in what would be coded; the layer is unchanged.
             ResourceError: no memory; the layer is unchanged.
         """
-        if self._store is None:
+        store = self._store
+        if store is None:
             check_alike(key_states, value_states)
         else:
-            self._form.check(key_states, value_states, self._store.batch)
-        fresh = not self.is_initialized
-        if fresh:
-            self.lazy_initialization(key_states, value_states)
-        store = self._store
-        assert store is not None
+            self._form.check(key_states, value_states, store.batch)
+        fresh = store is None
+        if store is None:
+            store = self._begin(key_states, value_states)
         if self.record_past:
             # What a rollback could still remove was removed before this call; the rest may be coded now.
             store.compress()
@@ -197,7 +204,8 @@ class CompressedLayer(DynamicLayer):
         return out
 
     def get_seq_length(self) -> int:
-        return self._store.n_tokens if self._store else 0
+        store = self._store
+        return store.n_tokens if store else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -209,23 +217,27 @@ class CompressedLayer(DynamicLayer):
     @property
     def held(self) -> tuple[int, int]:
         """Tokens, and sequences that have them."""
-        n_tokens = self.get_seq_length()
-        return n_tokens, self._store.batch if self._store and n_tokens else 0
+        store = self._store
+        n_tokens = store.n_tokens if store else 0
+        return n_tokens, store.batch if store and n_tokens else 0
 
     @property
     def n_coded(self) -> int:
         """Tokens held in coded form."""
-        return self._store.n_coded if self._store else 0
+        store = self._store
+        return store.n_coded if store else 0
 
     def memory_use(self) -> tuple[int, int]:
         """Bytes truly held: (exact, coded)."""
-        return self._store.memory_use() if self._store else (0, 0)
+        store = self._store
+        return store.memory_use() if store else (0, 0)
 
     def values_held(self) -> tuple[int, int]:
         """How many numbers keys and values amount to, and the bytes the stock cache would take for them."""
-        if self._store is None:
+        store = self._store
+        if store is None:
             return 0, 0
-        n = self._form.values_per_token * self._store.n_tokens * self._store.batch
+        n = self._form.values_per_token * store.n_tokens * store.batch
         return n, n * self.dtype.itemsize
 
     def activate_past_recording(self) -> None:
@@ -250,32 +262,29 @@ class CompressedLayer(DynamicLayer):
         Exact tokens vanish without a trace. A cut into coded tokens leaves the rest of their block as decoded.
         """
         self.check_crop(tokens_to_remove)
-        if self._store is not None and tokens_to_remove < 0:
-            self._store.crop(min(-tokens_to_remove, self._store.n_tokens))
+        store = self._store
+        if store is not None and tokens_to_remove < 0:
+            store.crop(min(-tokens_to_remove, store.n_tokens))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self._store is not None and self._store.n_tokens:
-            batch = self._store.batch
+        store = self._store
+        if store is not None and store.n_tokens:
+            batch = store.batch
             try:
                 picked = torch.arange(batch)[indices.cpu()]
             except IndexError as error:
                 raise ShapeError(
                     f"batch index {indices.tolist()} does not exist, the cache holds {batch} rows"
                 ) from error
-            self._select(picked.reshape(-1).tolist())
+            _select(store, picked.reshape(-1).tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self._store is not None and self._store.n_tokens:
-            self._select([row for row in range(self._store.batch) for _ in range(repeats)])
-
-    def _select(self, rows: list[int]) -> None:
-        assert self._store is not None
-        if not rows:
-            raise ShapeError("no rows to keep; reset() empties a cache")
-        self._store.select(rows)
+        store = self._store
+        if store is not None and store.n_tokens:
+            _select(store, [row for row in range(store.batch) for _ in range(repeats)])
 
     def reset(self) -> None:
         self._store = None
@@ -306,3 +315,9 @@ class CompressedLayer(DynamicLayer):
             else:
                 twin.__dict__[name] = copy.deepcopy(value, memo)
         return twin
+
+
+def _select(store: LayerStore, rows: list[int]) -> None:
+    if not rows:
+        raise ShapeError("no rows to keep; reset() empties a cache")
+    store.select(rows)

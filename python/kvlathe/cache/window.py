@@ -112,16 +112,18 @@ class WindowLayer(CompressedLayer):
         return self.sliding_window
 
     def values_held(self) -> tuple[int, int]:
-        if self._store is None:
+        store = self._store
+        if store is None:
             return 0, 0
-        n = self._form.values_per_token * self._n_visible() * self._store.batch
+        n = self._form.values_per_token * self._n_visible() * store.batch
         return n, n * self.dtype.itemsize
 
     def activate_past_recording(self) -> None:
         """Keep all tokens until `crop` says which of them stay (assisted decoding)."""
         super().activate_past_recording()
-        if isinstance(self._store, WindowStore):
-            self._store.keeps_all = True
+        store = self._store
+        if isinstance(store, WindowStore):
+            store.keeps_all = True
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """Refuse a `crop` after which the window would lack tokens.
@@ -131,26 +133,28 @@ class WindowLayer(CompressedLayer):
             RollbackError: tokens that would be in the window again have been dropped.
         """
         super().check_crop(tokens_to_remove)
-        if not isinstance(self._store, WindowStore):
+        store = self._store
+        if not isinstance(store, WindowStore):
             return
-        n_left = self._store.n_tokens + tokens_to_remove
-        if n_left > 0 and max(0, n_left - self.sliding_window + 1) < self._store.first:
+        n_left = store.n_tokens + tokens_to_remove
+        if n_left > 0 and max(0, n_left - self.sliding_window + 1) < store.first:
             raise RollbackError(
                 f"crop({tokens_to_remove}) would leave {n_left} tokens, but this layer's window of "
-                f"{self.sliding_window} has dropped the first {self._store.first} tokens already; call "
+                f"{self.sliding_window} has dropped the first {store.first} tokens already; call "
                 f"activate_past_recording() before the tokens that may be removed, or reset() and start again"
             )
 
     def crop(self, tokens_to_remove: int) -> None:
         self.check_crop(tokens_to_remove)
-        if self._store is None:
+        store = self._store
+        if store is None:
             return
-        if -tokens_to_remove >= self._store.n_tokens:
+        if -tokens_to_remove >= store.n_tokens:
             # Nothing is left, so nothing is missed either.
             recorded = self.record_past
             self.reset()
             self.record_past = recorded
             return
         super().crop(tokens_to_remove)
-        if isinstance(self._store, WindowStore):
-            self._store.forget()
+        if isinstance(store, WindowStore):
+            store.forget()
