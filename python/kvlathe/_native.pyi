@@ -97,11 +97,7 @@ class NativeLayer:
 @final
 class Moments:
     def __new__(
-        cls,
-        n_kv_heads: int,
-        head_dim: int,
-        ropes: list[tuple[str, int, list[float]] | None],
-        block_len: int,
+        cls, n_kv_heads: int, head_dim: int, ropes: list[tuple[str, int, list[float]] | None]
     ) -> Moments: ...
     @property
     def n_tokens(self) -> int: ...
@@ -119,6 +115,7 @@ class Moments:
         self,
         meta_json: str,
         *,
+        block_len: int,
         shrinkage: float,
         shared_rank: int,
         n_threads: int,

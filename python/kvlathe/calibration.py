@@ -67,7 +67,7 @@ def _fisher_moments(
     generator = torch.Generator(device="cpu").manual_seed(options.seed)
     n_threads = torch.get_num_threads()
 
-    # Sinks are never coded, and look like no other tokens; the first block begins after them.
+    # Sinks are never coded, and look like no other tokens.
     first = options.n_sinks
 
     def on_backward(layer: int, k: Tensor, v: Tensor, dk_far: Tensor, dv_far: Tensor) -> None:
@@ -138,7 +138,7 @@ def calibrate(
     for note in probe.notes:
         (on_note or (lambda _: None))(note)
     shape = probe.shape
-    moments = Moments(shape.n_kv_heads, shape.head_dim, _rope_tuples(probe), options.block_len)
+    moments = Moments(shape.n_kv_heads, shape.head_dim, _rope_tuples(probe))
     grams: list[list[list[float]]] | None = None
     if options.gradients:
         _fisher_moments(model, windows, moments, options)
@@ -171,6 +171,7 @@ def calibrate(
     }
     native = moments.design(
         json.dumps(meta),
+        block_len=options.block_len,
         shrinkage=options.shrinkage,
         shared_rank=meta["rank"],
         n_threads=torch.get_num_threads(),

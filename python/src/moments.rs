@@ -46,14 +46,9 @@ fn float32<'a>(tensor: &'a RawTensor, what: &str) -> PyResult<&'a [f32]> {
 
 #[pymethods]
 impl Moments {
-    /// `ropes`: one entry a layer, None where keys are not rotated. Windows are cut in blocks of `block_len` tokens.
+    /// `ropes`: one entry a layer, None where keys are not rotated.
     #[new]
-    fn new(
-        n_kv_heads: usize,
-        head_dim: usize,
-        ropes: Vec<Option<RopeTuple>>,
-        block_len: usize,
-    ) -> PyResult<Self> {
+    fn new(n_kv_heads: usize, head_dim: usize, ropes: Vec<Option<RopeTuple>>) -> PyResult<Self> {
         if n_kv_heads == 0 || head_dim == 0 || ropes.is_empty() {
             return Err(exception(
                 "ShapeError",
@@ -62,7 +57,7 @@ impl Moments {
         }
         let ropes = ropes.into_iter().map(|r| r.map(rope).transpose()).collect::<PyResult<Vec<_>>>()?;
         let shape = ModelShape { n_layers: ropes.len(), n_kv_heads, head_dim, ropes };
-        ModelMoments::new(shape, block_len).map(Self).map_err(to_python)
+        ModelMoments::new(shape).map(Self).map_err(to_python)
     }
 
     /// Tokens seen.
@@ -112,12 +107,13 @@ impl Moments {
     /// Designs a preset without bits: `Preset.with_bits` allocates them. `meta_json` is the preset's top level.
     ///
     /// Without gradients, `output_gram` gives the output projections' Gram matrices `[n_layers][n_kv_heads][d·d]`.
-    #[pyo3(signature = (meta_json, *, shrinkage, shared_rank, n_threads, output_gram=None, score_scale=1.0))]
+    #[pyo3(signature = (meta_json, *, block_len, shrinkage, shared_rank, n_threads, output_gram=None, score_scale=1.0))]
     #[expect(clippy::too_many_arguments, reason = "keyword-only in Python")]
     fn design(
         &self,
         py: Python<'_>,
         meta_json: &str,
+        block_len: usize,
         shrinkage: f64,
         shared_rank: usize,
         n_threads: usize,
@@ -125,7 +121,7 @@ impl Moments {
         score_scale: f64,
     ) -> PyResult<Preset> {
         let meta = meta_from_json(meta_json)?;
-        let options = DesignOptions { shrinkage };
+        let options = DesignOptions { block_len, shrinkage };
         let designs = in_pool(py, n_threads, || match &output_gram {
             None => self.0.design(&options, shared_rank),
             Some(gram) => self.0.design_without_gradients(&options, shared_rank, gram, score_scale),

@@ -1,6 +1,6 @@
 //! From moments to a basis: the generalised Karhunen-Loève transform.
 //!
-//! With C the covariance of the shape around its block's mean and M the metric, M^½·C·M^½ = E·Λ·Eᵀ. The coefficients y = Eᵀ·M^½·(s − μ) are
+//! With C the covariance of the shape and M the metric, M^½·C·M^½ = E·Λ·Eᵀ. The coefficients y = Eᵀ·M^½·(s − μ) are
 //! uncorrelated, and an error in any of them costs the same; Λᵢ is the cost of dropping coefficient i. Scaled to unit
 //! variance, z = Λ^−½·y, and the synthesis is V = M^−½·E·Λ^½.
 
@@ -19,13 +19,15 @@ const LEAST_RELATIVE_VARIANCE: f64 = 1e-6;
 /// How a stream is designed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DesignOptions {
+    /// Tokens in a block; the frame of keys depends on it.
+    pub block_len: usize,
     /// Share of the metric that is replaced by a multiple of the identity, 0 to 1.
     pub shrinkage: f64,
 }
 
 impl Default for DesignOptions {
     fn default() -> Self {
-        Self { shrinkage: DEFAULT_SHRINKAGE }
+        Self { block_len: 64, shrinkage: DEFAULT_SHRINKAGE }
     }
 }
 
@@ -64,16 +66,10 @@ pub fn design_stream(
     let (mean, mut covariance) = mean_and_covariance(&moments.shape_sum, &moments.shape_outer, n);
     let mut weight = metric_matrix(moments, rope, metric)?;
     if let Some(rope) = rope {
-        let half = (moments.block_len / 2) as i64;
+        let half = (options.block_len / 2) as i64;
         let offsets: Vec<i64> = (-half..half).collect();
         covariance = rotation_average(&covariance, d, rope, &offsets);
         weight = rotation_average(&weight, d, rope, &offsets);
-    }
-    // What a block's tokens have in common is its drift, which is stored apart: coefficients code the rest.
-    if moments.n_blocks > 0 {
-        let (_, between) =
-            mean_and_covariance(&moments.block_sum, &moments.block_outer, moments.n_blocks as f64);
-        covariance.iter_mut().zip(&between).for_each(|(all, common)| *all -= common);
     }
     shrink(&mut weight, d, options.shrinkage);
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kvlathe_codec::{BLOCK_LENS, Basis, CodecError, Rope, Storage};
+use kvlathe_codec::{Basis, Rope, Storage};
 use rayon::prelude::*;
 
 use crate::design::{DesignOptions, Metric, design_shared, design_stream};
@@ -39,7 +39,7 @@ pub struct Window<'a> {
     pub layer: usize,
     /// Keys or values.
     pub side: Side,
-    /// Position of the first token, which begins a block.
+    /// Position of the first token.
     pub first_position: usize,
     /// The vectors.
     pub x: &'a [f32],
@@ -64,8 +64,6 @@ pub struct LayerDesign {
 #[derive(Debug, Clone)]
 pub struct ModelMoments {
     shape: ModelShape,
-    /// Tokens in a block; the frame of keys and what tokens of a block have in common depend on it.
-    block_len: usize,
     /// `[layer][side][head]`.
     streams: Vec<[Vec<StreamMoments>; 2]>,
     /// `[layer][side]`.
@@ -73,19 +71,11 @@ pub struct ModelMoments {
 }
 
 impl ModelMoments {
-    /// No text yet; blocks will have `block_len` tokens.
+    /// No text yet.
     ///
     /// # Errors
-    /// A number of ropes other than of layers, a block length that the codec does not have.
-    pub fn new(shape: ModelShape, block_len: usize) -> Result<Self> {
-        if !BLOCK_LENS.contains(&block_len) {
-            return Err(CodecError::Range {
-                what: "block_len",
-                given: block_len,
-                expected: "8, 16, 32, 64, 128 or 256",
-            }
-            .into());
-        }
+    /// A number of ropes other than of layers.
+    pub fn new(shape: ModelShape) -> Result<Self> {
         if shape.ropes.len() != shape.n_layers {
             return Err(CalibError::Length {
                 what: "ropes",
@@ -93,7 +83,7 @@ impl ModelMoments {
                 expected: shape.n_layers,
             });
         }
-        let heads = || vec![StreamMoments::new(shape.head_dim, block_len); shape.n_kv_heads];
+        let heads = || vec![StreamMoments::new(shape.head_dim); shape.n_kv_heads];
         Ok(Self {
             streams: (0..shape.n_layers).map(|_| [heads(), heads()]).collect(),
             shared: vec![
@@ -101,7 +91,6 @@ impl ModelMoments {
                 shape.n_layers
             ],
             shape,
-            block_len,
         })
     }
 
@@ -180,8 +169,7 @@ impl ModelMoments {
     ) -> Option<TurnBack> {
         match side {
             Side::Key => {
-                let rope = self.shape.ropes[layer].as_ref();
-                rope.map(|rope| TurnBack::new(rope, first_position, n_tokens, self.block_len))
+                self.shape.ropes[layer].as_ref().map(|rope| TurnBack::new(rope, first_position, n_tokens))
             }
             Side::Value => None,
         }

@@ -15,14 +15,6 @@ pub struct StreamMoments {
     pub(crate) shape_sum: Vec<f64>,
     /// Σ s·sᵀ, lower triangle.
     pub(crate) shape_outer: Vec<f64>,
-    /// Tokens of a block.
-    pub(crate) block_len: usize,
-    /// Σ u, the mean shapes of whole blocks in their frame.
-    pub(crate) block_sum: Vec<f64>,
-    /// Σ u·uᵀ, lower triangle.
-    pub(crate) block_outer: Vec<f64>,
-    /// Blocks added.
-    pub(crate) n_blocks: u64,
     /// Σ γ².
     pub(crate) gain_squared_sum: f64,
     /// Σ γ²·g·gᵀ, lower triangle: g is the gradient of the log-likelihood with respect to the vector.
@@ -66,43 +58,28 @@ impl SharedMoments {
     }
 }
 
-/// The rotations R(−p) of consecutive positions, and those of a block's tokens in its frame; made once a window and shared
-/// by heads.
+/// The rotations R(−p) of consecutive positions, made once a window and shared by heads.
 #[derive(Debug, Clone)]
-pub struct TurnBack {
-    to_zero: Vec<Rotation>,
-    /// `[block_len]`: R(δ).
-    in_frame: Vec<Rotation>,
-}
+pub struct TurnBack(Vec<Rotation>);
 
 impl TurnBack {
-    /// For positions `first_position..first_position + n_tokens` and blocks of `block_len` tokens.
+    /// For positions `first_position..first_position + n_tokens`.
     #[must_use]
-    pub fn new(rope: &Rope, first_position: usize, n_tokens: usize, block_len: usize) -> Self {
-        let half = (block_len / 2) as i64;
-        Self {
-            to_zero: (first_position..first_position + n_tokens)
-                .map(|p| rope.rotation(-(p as i64)))
-                .collect(),
-            in_frame: (0..block_len as i64).map(|t| rope.rotation(t - half)).collect(),
-        }
+    pub fn new(rope: &Rope, first_position: usize, n_tokens: usize) -> Self {
+        Self((first_position..first_position + n_tokens).map(|p| rope.rotation(-(p as i64))).collect())
     }
 }
 
 impl StreamMoments {
-    /// No tokens yet; blocks will have `block_len` of them.
+    /// No tokens yet.
     #[must_use]
-    pub fn new(head_dim: usize, block_len: usize) -> Self {
+    pub fn new(head_dim: usize) -> Self {
         let square = || vec![0.0; head_dim * head_dim];
         Self {
             head_dim,
             n_tokens: 0,
             shape_sum: vec![0.0; head_dim],
             shape_outer: square(),
-            block_len,
-            block_sum: vec![0.0; head_dim],
-            block_outer: square(),
-            n_blocks: 0,
             gain_squared_sum: 0.0,
             fisher_outer: square(),
             n_fisher: 0,
@@ -117,7 +94,7 @@ impl StreamMoments {
         self.n_tokens
     }
 
-    /// Adds consecutive tokens `x` `[n, head_dim]`, the first of which begins a block, with gradients `[n, head_dim]` of the log-likelihood, if there are any.
+    /// Adds tokens `x` `[n, head_dim]` with gradients `[n, head_dim]` of the log-likelihood, if there are any.
     ///
     /// # Errors
     /// Lengths that do not match.
@@ -132,11 +109,7 @@ impl StreamMoments {
         }
         let mut vector = vec![0.0f32; d];
         let mut wide = vec![0.0f64; d];
-        let mut block = vec![0.0f64; d];
         for t in 0..n {
-            if t > 0 && t.is_multiple_of(self.block_len) {
-                self.add_block(&mut block);
-            }
             vector.copy_from_slice(&x[t * d..(t + 1) * d]);
             turn(&mut vector, turn_back, t);
             let norm_squared: f64 = vector.iter().map(|v| f64::from(*v).powi(2)).sum();
@@ -152,12 +125,6 @@ impl StreamMoments {
                 *s += *w;
             }
             add_outer(&mut self.shape_outer, &wide);
-            if let Some(turn_back) = turn_back {
-                turn_back.in_frame[t % self.block_len].apply(&mut vector);
-            }
-            for (sum, v) in block.iter_mut().zip(&vector) {
-                *sum += f64::from(*v) / gain;
-            }
             if let Some(g) = gradients {
                 vector.copy_from_slice(&g[t * d..(t + 1) * d]);
                 turn(&mut vector, turn_back, t);
@@ -167,24 +134,10 @@ impl StreamMoments {
                 add_outer(&mut self.fisher_outer, &wide);
             }
         }
-        if n > 0 && n.is_multiple_of(self.block_len) {
-            self.add_block(&mut block);
-        }
         if gradients.is_some() {
             self.n_fisher += n as u64;
         }
         Ok(())
-    }
-
-    /// Adds the summed shapes of a whole block, which are zero afterwards.
-    fn add_block(&mut self, sums: &mut [f64]) {
-        for (sum, total) in sums.iter_mut().zip(&mut self.block_sum) {
-            *sum /= self.block_len as f64;
-            *total += *sum;
-        }
-        add_outer(&mut self.block_outer, sums);
-        self.n_blocks += 1;
-        sums.fill(0.0);
     }
 
     /// Adds queries `q` `[n, head_dim]` at the positions of `turn_back` that read this key stream.
@@ -210,16 +163,9 @@ impl StreamMoments {
             return Err(CalibError::Length { what: "the vectors", given: len, expected: len / d * d });
         }
         match turn_back {
-            Some(turn) if turn.to_zero.len() != len / d => Err(CalibError::Length {
-                what: "the positions",
-                given: turn.to_zero.len(),
-                expected: len / d,
-            }),
-            Some(turn) if turn.in_frame.len() != self.block_len => Err(CalibError::Length {
-                what: "the rotations of a block",
-                given: turn.in_frame.len(),
-                expected: self.block_len,
-            }),
+            Some(turn) if turn.0.len() != len / d => {
+                Err(CalibError::Length { what: "the positions", given: turn.0.len(), expected: len / d })
+            }
             _ => Ok(()),
         }
     }
@@ -227,6 +173,6 @@ impl StreamMoments {
 
 fn turn(vector: &mut [f32], turn_back: Option<&TurnBack>, t: usize) {
     if let Some(turn_back) = turn_back {
-        turn_back.to_zero[t].apply(vector);
+        turn_back.0[t].apply(vector);
     }
 }

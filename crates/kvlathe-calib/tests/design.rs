@@ -29,27 +29,21 @@ fn tokens(seed: u64, n: usize, d: usize) -> Vec<f32> {
         .collect()
 }
 
-const BLOCK_LEN: usize = 64;
-
 #[test]
 fn coefficients_are_uncorrelated_with_unit_variance() {
     let (d, n) = (8, 20_000);
     let x = tokens(3, n, d);
-    let mut moments = StreamMoments::new(d, BLOCK_LEN);
+    let mut moments = StreamMoments::new(d);
     moments.add(&x, Some(&gaussian(4, n * d)), None).unwrap();
     let basis = design_stream(&moments, None, &Metric::Fisher, &DesignOptions::default()).unwrap();
 
-    // V·Vᵀ must be the covariance of the shapes without that of their blocks' means, computed here from scratch.
+    // V·Vᵀ must be the covariance of the shapes, computed here from scratch.
     let mut mean = vec![0.0f64; d];
     let mut outer = vec![0.0f64; d * d];
-    let mut blocks = vec![vec![0.0f64; d]; n / BLOCK_LEN];
-    for (t, token) in x.chunks_exact(d).enumerate() {
+    for token in x.chunks_exact(d) {
         let gain = (token.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / d as f64).sqrt();
         for i in 0..d {
             mean[i] += f64::from(token[i]) / gain / n as f64;
-            if let Some(block) = blocks.get_mut(t / BLOCK_LEN) {
-                block[i] += f64::from(token[i]) / gain / BLOCK_LEN as f64;
-            }
             for j in 0..d {
                 outer[i * d + j] += f64::from(token[i]) * f64::from(token[j]) / gain / gain / n as f64;
             }
@@ -61,10 +55,7 @@ fn coefficients_are_uncorrelated_with_unit_variance() {
             let v: f64 = (0..d)
                 .map(|k| f64::from(basis.synthesis[i * d + k]) * f64::from(basis.synthesis[j * d + k]))
                 .sum();
-            let of_blocks =
-                |f: &dyn Fn(&[f64]) -> f64| blocks.iter().map(|b| f(b)).sum::<f64>() / blocks.len() as f64;
-            let between = of_blocks(&|b| b[i] * b[j]) - of_blocks(&|b| b[i]) * of_blocks(&|b| b[j]);
-            assert!((v - (outer[i * d + j] - mean[i] * mean[j] - between)).abs() < 1e-4, "({i}, {j})");
+            assert!((v - (outer[i * d + j] - mean[i] * mean[j])).abs() < 1e-4, "({i}, {j})");
         }
     }
     assert!(basis.importance.windows(2).all(|w| w[0] >= w[1]), "importances fall");
@@ -72,18 +63,17 @@ fn coefficients_are_uncorrelated_with_unit_variance() {
 
 #[test]
 fn turning_back_removes_rope() {
-    // No whole block: blocks' means are those of turned keys.
-    let (d, n) = (8, 255);
+    let (d, n) = (8, 512);
     let rope = Rope::new(Pairing::HalfSplit, d, vec![1.0, 0.3, 0.1, 0.01]).unwrap();
     let plain = tokens(5, n, d);
     let mut rotated = plain.clone();
     for (t, token) in rotated.chunks_exact_mut(d).enumerate() {
         rope.rotation(100 + t as i64).apply(token);
     }
-    let (mut a, mut b) = (StreamMoments::new(d, 256), StreamMoments::new(d, 256));
+    let (mut a, mut b) = (StreamMoments::new(d), StreamMoments::new(d));
     a.add(&plain, None, None).unwrap();
-    b.add(&rotated, None, Some(&TurnBack::new(&rope, 100, n, 256))).unwrap();
-    let options = DesignOptions { shrinkage: 1.0 };
+    b.add(&rotated, None, Some(&TurnBack::new(&rope, 100, n))).unwrap();
+    let options = DesignOptions { block_len: 8, shrinkage: 1.0 };
     let metric = Metric::Given((0..d * d).map(|i| f64::from(u8::from(i % (d + 1) == 0))).collect());
     let (a, b) = (
         design_stream(&a, None, &metric, &options).unwrap(),
@@ -94,32 +84,6 @@ fn turning_back_removes_rope() {
     }
 }
 
-/// What the tokens of a block have in common, in its frame, is left to the block's drift.
-#[test]
-fn coefficients_code_what_blocks_have_not_in_common() {
-    let (d, block_len, n_blocks) = (8, 16, 400);
-    let rope = Rope::new(Pairing::HalfSplit, 4, vec![1.0, 0.1]).unwrap();
-    let (offsets, noise) = (gaussian(7, n_blocks * d), gaussian(8, n_blocks * block_len * d));
-    let mut x = vec![0.0f32; n_blocks * block_len * d];
-    for (t, token) in x.chunks_exact_mut(d).enumerate() {
-        let block = t / block_len;
-        for (i, value) in token.iter_mut().enumerate() {
-            // Components that do not turn give all tokens about the same size.
-            *value = if i < 4 { 0.3 * offsets[block * d + i] } else { 4.0 } + 0.03 * noise[t * d + i];
-        }
-        rope.rotation((block * block_len + block_len / 2) as i64).apply(token);
-    }
-    let cost = |block_len: usize| -> f32 {
-        let mut moments = StreamMoments::new(d, block_len);
-        moments.add(&x, None, Some(&TurnBack::new(&rope, 0, x.len() / d, block_len))).unwrap();
-        let metric = Metric::Given((0..d * d).map(|i| f64::from(u8::from(i % (d + 1) == 0))).collect());
-        let options = DesignOptions { shrinkage: 1.0 };
-        design_stream(&moments, Some(&rope), &metric, &options).unwrap().importance.iter().sum()
-    };
-    // Blocks of another length than the text has in common cross its borders.
-    assert!(cost(block_len) < 0.1 * cost(128), "{} {}", cost(block_len), cost(128));
-}
-
 fn window(x: &[f32]) -> Window<'_> {
     Window { layer: 0, side: Side::Key, first_position: 0, x, gradients: None }
 }
@@ -128,7 +92,7 @@ fn window(x: &[f32]) -> Window<'_> {
 fn too_little_text_and_broken_activations_are_refused() {
     let rope = Arc::new(Rope::new(Pairing::HalfSplit, 8, vec![1.0, 0.3, 0.1, 0.01]).unwrap());
     let shape = ModelShape { n_layers: 1, n_kv_heads: 2, head_dim: 8, ropes: vec![Some(rope)] };
-    let mut moments = ModelMoments::new(shape, 64).unwrap();
+    let mut moments = ModelMoments::new(shape).unwrap();
     let mut x = tokens(1, 8, 8);
     moments.add(window(&x)).unwrap();
     assert!(moments.design(&DesignOptions::default(), 4).unwrap_err().to_string().contains("too few"));
