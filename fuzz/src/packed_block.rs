@@ -4,7 +4,7 @@
 use kvlathe::codec::gain::{BlockGain, GUARD_SCALES, MAX_MAGNITUDE};
 use kvlathe::codec::{
     CoefficientSums, DRIFT_STEP, Isa, Queries, Scratch, StreamTables, Tokens, Width, available_isas,
-    reference, side_bytes,
+    reference, side_information_bytes,
 };
 
 use crate::source::{Source, Stream};
@@ -101,7 +101,7 @@ fn check_token(tables: &StreamTables, token: &[f64], packed: &[u8], t: usize) {
     // The smallest guard that clips nothing leaves half a step; what the encoder chose is no worse in sum.
     let (levels, drift) = (levels(tables, packed, t), drift(tables, packed));
     let (mut largest, mut terms) = (0.0f64, Vec::new());
-    for (i, width) in tables.coded_widths().take(n_coded).enumerate() {
+    for (i, width) in tables.widths().take(n_coded).enumerate() {
         let row = &tables.analysis()[i * d..(i + 1) * d];
         let products = row.iter().zip(token).map(|(a, x)| f64::from(*a) * x / gain);
         let mean = f64::from(tables.coded_mean()[i * n + t]);
@@ -130,7 +130,7 @@ fn drift(tables: &StreamTables, packed: &[u8]) -> Vec<f64> {
     let bytes = &packed[2 + n..2 + n + half];
     let code = |i: usize| if i < half { bytes[i] & 15 } else { bytes[i - half] >> 4 };
     tables
-        .coded_widths()
+        .widths()
         .enumerate()
         .map(|(i, width)| (f64::from(code(i)) - 8.0) * f64::from(DRIFT_STEP / width.step()))
         .collect()
@@ -139,7 +139,7 @@ fn drift(tables: &StreamTables, packed: &[u8]) -> Vec<f64> {
 /// Levels of one token's coefficients that have rows.
 fn levels(tables: &StreamTables, packed: &[u8], t: usize) -> Vec<f64> {
     let n = tables.block_len();
-    let mut row = side_bytes(tables.head_dim(), n);
+    let mut row = side_information_bytes(tables.head_dim(), n);
     // Bits of the token's code in a row of `bits` that begins at `at`.
     let run = |bits: usize, at: usize| {
         let len = n * bits / 8;
@@ -153,7 +153,7 @@ fn levels(tables: &StreamTables, packed: &[u8], t: usize) -> Vec<f64> {
         row += n * width.bits() / 8;
         f64::from(code) + 0.5 - width.half_levels() as f64
     };
-    tables.coded_widths().take(tables.n_coded()).map(level).collect()
+    tables.widths().take(tables.n_coded()).map(level).collect()
 }
 
 /// All blocks decoded, turned forward: `[tokens, head_dim]`.
@@ -180,7 +180,7 @@ fn check_decoding(stream: &Stream, blocks: &[&[u8]], first: i64) -> Vec<f32> {
 /// Length of each column of the synthesis times its largest level: how much a coefficient can bring.
 fn column_sizes(tables: &StreamTables) -> Vec<(f64, f64)> {
     let d = tables.head_dim();
-    let widths = tables.coded_widths().enumerate();
+    let widths = tables.widths().enumerate();
     let norm = |i: usize| norm((0..d).map(|j| tables.synthesis()[j * d + i]));
     widths.map(|(i, width)| (norm(i), width.half_levels() as f64)).collect()
 }

@@ -31,6 +31,9 @@ pub(crate) fn read(bytes: &[u8]) -> Option<Preset> {
 /// Writes an accepted preset, reads it again, makes codecs of it.
 pub(crate) fn check(preset: &Preset) {
     preset.validate().expect("only valid presets are read");
+    let upgraded = kvlathe::upgraded(preset.clone());
+    upgraded.validate().expect("an older preset stays valid");
+    assert_eq!(kvlathe::upgraded(upgraded.clone()), upgraded);
     match (preset.to_json_string(), preset.to_safetensors_bytes()) {
         (Ok(json), Ok(safetensors)) => {
             let from_json = Preset::from_bytes(json.as_bytes()).expect("what was written can be read");

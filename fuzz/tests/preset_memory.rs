@@ -20,7 +20,7 @@ fn safetensors(header: &str, data: &[u8]) -> Vec<u8> {
 fn largest_claims() -> Value {
     json!({
         "model": "huge", "rank": MAX_HEAD_DIM, "head_dim": MAX_HEAD_DIM, "n_layers": MAX_LAYERS, "n_heads": 1024,
-        "kvlathe": {"format_version": 1, "n_kv_heads": 4, "block_len": 256, "n_sinks": 0, "bits_per_value": 8},
+        "kvlathe": {"format_version": 2, "n_kv_heads": 4, "block_len": 256, "n_sinks": 0, "bits_per_value": 8},
     })
 }
 

@@ -67,7 +67,7 @@ def _fisher_moments(
     generator = torch.Generator(device="cpu").manual_seed(options.seed)
     n_threads = torch.get_num_threads()
 
-    # Sinks are never coded, and look like no other tokens.
+    # Layers of full attention keep sinks exact, and they look like no other tokens. (Windows code them, once a sequence.)
     first = options.n_sinks
 
     def on_backward(layer: int, k: Tensor, v: Tensor, dk_far: Tensor, dv_far: Tensor) -> None:
@@ -162,7 +162,7 @@ def calibrate(
         "calibration": {
             **asdict(options),
             "text": text_name,
-            "n_tokens": int(moments.n_tokens),
+            "n_tokens": sum(len(window) for window in windows),
             "n_windows": len(windows),
             "window": max(len(window) for window in windows),
             "metric": "fisher" if options.gradients else "queries and output projection",

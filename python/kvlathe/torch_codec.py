@@ -125,7 +125,7 @@ class TorchStreamCodec:
 
     def _encode_head(self, head: _Head, x: Tensor) -> Tensor:
         n_coded = len(head.widths)
-        packed_head, falls, gain = self._choose_gains(x.square().sum(-1) / self.head_dim)
+        packed_header, falls, gain = self._choose_gains(x.square().sum(-1) / self.head_dim)
         z = (x @ head.analysis.T) * (1.0 / gain)[..., None] - head.coded_mean.T
         z = torch.where((gain > 0)[..., None], z, torch.zeros_like(z))
         drift = self._choose_drift(head, z)
@@ -134,7 +134,7 @@ class TorchStreamCodec:
         codes = self._quantise(head, z, self._scales[guard]).to(torch.uint8)
         side = (falls | (guard << 4)).to(torch.uint8)
         rows = [_pack_row(width, codes[..., i]) for i, width in enumerate(head.widths)]
-        return torch.cat([packed_head, side, _pack_drift(drift), *rows], dim=-1)
+        return torch.cat([packed_header, side, _pack_drift(drift), *rows], dim=-1)
 
     def _choose_gains(self, mean_square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A block's head [..., 2], its tokens' falls [..., block_len], and the gains γ̂ that these stand for."""

@@ -331,7 +331,7 @@ def _verify(
     """The search's choice, or a little more, on other text; the last one tried if nothing holds."""
     most = _most_bits(preset)
     for steps in _RAISES:
-        candidate = preset.with_bits(min(most, best.bits_per_value + steps * _GRID) + 1e-9)
+        candidate = preset.with_bits(min(most, best.bits_per_value + steps * _GRID + 1e-9))
         point = try_bits(candidate)
         if point.within:
             break

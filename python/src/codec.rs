@@ -148,7 +148,7 @@ impl StreamSetCodec {
             )
         })?;
         let tables = PyDict::new(py);
-        let widths: Vec<u8> = stream.coded_widths().map(|width| width.bits() as u8).collect();
+        let widths: Vec<u8> = stream.widths().map(|width| width.bits() as u8).collect();
         tables.set_item("widths", PyBytes::new(py, &widths))?;
         tables.set_item("analysis", bytes_of(py, stream.analysis()))?;
         tables.set_item("synthesis", bytes_of(py, stream.synthesis()))?;

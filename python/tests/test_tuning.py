@@ -310,6 +310,10 @@ def test_a_promise_that_fails_on_other_text_costs_bits() -> None:
     assert best.bits_per_value + 0.2 < tuned.bits_per_value <= best.bits_per_value + 0.51
     _, hopeless = _verify(preset, best, lambda p: _point(p.bits_per_value, False))
     assert not hopeless.within
+    # There is no rate above eight bits a coefficient to raise it to.
+    highest = preset.with_bits(8.0 + preset.side_bits_per_value).bits_per_value
+    tuned, _ = _verify(preset, _point(highest, True), lambda p: _point(p.bits_per_value, False))
+    assert tuned.bits_per_value == highest
 
 
 def test_a_calibration_can_be_taken_over() -> None:

@@ -16,8 +16,6 @@ use three_bits::{BLOCK_LEN, HEAD_DIM, activations, basis};
 
 const N_BLOCKS: usize = 16;
 const N_TOKENS: usize = N_BLOCKS * BLOCK_LEN;
-/// Columns of a matrix are rounded up to whole registers.
-const N_PADDED: usize = 64;
 /// Bytes copied to find the bandwidth: far more than any cache holds.
 const COPY_BYTES: usize = 256 << 20;
 
@@ -196,7 +194,7 @@ impl Run {
     fn seconds_at(&self, peak: &Peak) -> f64 {
         let n = self.n_queries as f64;
         // Queries to coefficients once a block, coefficients times levels, levels times weights.
-        let int16 = n * (N_BLOCKS * HEAD_DIM * N_PADDED + 2 * N_TOKENS * self.tables.n_coded()) as f64;
+        let int16 = n * (N_BLOCKS * HEAD_DIM * HEAD_DIM + 2 * N_TOKENS * self.tables.n_coded()) as f64;
         let float = n * (N_TOKENS * HEAD_DIM / 2) as f64;
         int16 / peak.int16 + float / peak.float
     }

@@ -20,7 +20,7 @@ fn isa_named(name: &str) -> Option<Isa> {
     available_isas().into_iter().find(|isa| isa.name() == name)
 }
 
-#[divan::bench(args = ["portable", "avx2", "avx512"])]
+#[divan::bench(args = ["portable", "neon", "avx2", "avx512"])]
 fn encode_block(bencher: divan::Bencher<'_, '_>, isa: &str) {
     let Some(isa) = isa_named(isa) else { return };
     let (tables, x) = (three_bit_tables(), activations());
@@ -31,7 +31,7 @@ fn encode_block(bencher: divan::Bencher<'_, '_>, isa: &str) {
     });
 }
 
-#[divan::bench(args = ["portable", "avx2", "avx512"])]
+#[divan::bench(args = ["portable", "neon", "avx2", "avx512"])]
 fn decode_block(bencher: divan::Bencher<'_, '_>, isa: &str) {
     let Some(isa) = isa_named(isa) else { return };
     let (tables, x) = (three_bit_tables(), activations());

@@ -1,10 +1,10 @@
 //! Attention's two products with packed blocks, in the coefficient domain: nothing is expanded.
 //!
-//! With levels u (codes as numbers), drift w, step factor s, gain γ, synthesis S, mean table m = R(δ)·μ of a block:
+//! With levels u (codes as numbers), drift a, step factor s, gain γ, synthesis S, mean table m = R(δ)·μ of a block:
 //!
-//! * **score** of a query q, turned to the block's frame: q·x̂ = γ·(q·m + (Sᵀq)·w + s·(Sᵀq)·u). Sᵀq is computed once a
+//! * **score** of a query q, turned to the block's frame: q·x̂ = γ·(q·m + (Sᵀq)·a + s·(Sᵀq)·u). Sᵀq is computed once a
 //!   block, and so is its product with the drift.
-//! * **accumulation** with weights p: Σₜ pₜ·x̂ₜ = S·(Σₜ pₜγₜsₜ·uₜ + w·Σₜ pₜγₜ) + μ·Σₜ pₜγₜ. The bracket is what is summed,
+//! * **accumulation** with weights p: Σₜ pₜ·x̂ₜ = S·(Σₜ pₜγₜsₜ·uₜ + a·Σₜ pₜγₜ) + μ·Σₜ pₜγₜ. The bracket is what is summed,
 //!   over all blocks; S is applied once at the end. Values are not rotated, so their mean is one vector.
 //!
 //! Levels are small integers, so the long products run on 16-bit integers: q, Sᵀq and pₜγₜsₜ are rounded to that. The
@@ -23,7 +23,7 @@ use crate::rope::RotationWalk;
 /// Most tokens that [`StreamTables::accumulate_blocks`] takes at once: their levels stay in the first-level cache.
 pub const MAX_TOKENS_AT_ONCE: usize = 1024;
 
-/// Σ p·γ·(s·u + w) of several queries, and the weight of the mean.
+/// Σ p·γ·(s·u + a) of several queries, and the weight of the mean.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CoefficientSums {
     /// `[n_queries, head_dim]`.

@@ -122,6 +122,12 @@ impl StreamTables {
                 tables.coded_mean[row * block_len + t] = (dot / step) as f32;
             }
         }
+        // The inverse of a nearly singular matrix may be beyond float32.
+        for table in [&tables.analysis, &tables.synthesis, &tables.coded_mean] {
+            if table.iter().any(|value| !value.is_finite()) {
+                return Err(CodecError::SingularBasis);
+            }
+        }
         Ok(tables)
     }
 
@@ -154,7 +160,7 @@ impl StreamTables {
     }
 
     /// Widths of all coefficients, in the order of storage: they fall.
-    pub fn coded_widths(&self) -> impl Iterator<Item = Width> {
+    pub fn widths(&self) -> impl Iterator<Item = Width> {
         self.coefficients.iter().map(|c| c.width)
     }
 

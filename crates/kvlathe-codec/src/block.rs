@@ -1,7 +1,7 @@
 //! The packed block: how one stream's codes for `block_len` tokens lie in memory.
 //!
 //! ```text
-//! head   u16 little-endian                  block gain code | spacing code << 12
+//! header u16 little-endian                  block gain code | spacing code << 12
 //! side   block_len bytes                    gain fall | guard code << 4, by token
 //! drift  ⌈head_dim/2⌉ bytes                 four bits a coefficient
 //! rows   n₈ rows of block_len bytes         codes of width 8, one coefficient a row
@@ -20,12 +20,12 @@ use crate::gain::BlockGain;
 use crate::width::Width;
 
 /// Bytes in front of the tokens' side information.
-pub(crate) const HEAD_BYTES: usize = 2;
+pub(crate) const HEADER_BYTES: usize = 2;
 
 /// Bytes of a packed block of one stream beside its rows: gains, guards, drift.
 #[must_use]
-pub const fn side_bytes(head_dim: usize, block_len: usize) -> usize {
-    HEAD_BYTES + block_len + head_dim.div_ceil(2)
+pub const fn side_information_bytes(head_dim: usize, block_len: usize) -> usize {
+    HEADER_BYTES + block_len + head_dim.div_ceil(2)
 }
 
 /// Bytes of one coefficient's row.
@@ -38,13 +38,13 @@ impl StreamTables {
     /// Bytes of one packed block of this stream, side information included.
     #[must_use]
     pub fn block_bytes(&self) -> usize {
-        let rows: usize = self.coded_widths().map(|width| row_bytes(width, self.block_len)).sum();
+        let rows: usize = self.widths().map(|width| row_bytes(width, self.block_len)).sum();
         self.rows_at() + rows
     }
 
     /// Where the rows begin.
     pub(crate) fn rows_at(&self) -> usize {
-        side_bytes(self.head_dim, self.block_len)
+        side_information_bytes(self.head_dim, self.block_len)
     }
 }
 
@@ -62,10 +62,10 @@ pub(crate) struct Parts<'a> {
 impl<'a> Parts<'a> {
     #[inline(always)]
     pub(crate) fn of(tables: &StreamTables, packed: &'a [u8]) -> Self {
-        let (head, rest) = packed.split_at(HEAD_BYTES);
+        let (header, rest) = packed.split_at(HEADER_BYTES);
         let (side, rest) = rest.split_at(tables.block_len);
         let (drift, rows) = rest.split_at(tables.head_dim.div_ceil(2));
-        Self { gain: BlockGain::unpack(u16::from_le_bytes([head[0], head[1]])), side, drift, rows }
+        Self { gain: BlockGain::unpack(u16::from_le_bytes([header[0], header[1]])), side, drift, rows }
     }
 }
 

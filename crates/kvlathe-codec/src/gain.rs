@@ -67,7 +67,7 @@ pub(crate) static GAINS_OF_AN_OCTAVE: [f32; 32] = [
 
 /// The gain code of a token whose components have the mean square `mean_square` = ‖x‖²/d.
 ///
-/// Gains below 2⁻⁶³ become the zero vector.
+/// Gains below about 2⁻⁶⁴ become the zero vector.
 #[must_use]
 pub fn gain_code(mean_square: f32) -> u16 {
     if mean_square <= 0.0 {
@@ -145,8 +145,8 @@ impl BlockGain {
     /// What is stored in front of a block.
     #[must_use]
     #[inline(always)]
-    pub fn unpack(head: u16) -> Self {
-        Self { code: head & 0xfff, spacing: (head >> 12) as u8 }
+    pub fn unpack(header: u16) -> Self {
+        Self { code: header & 0xfff, spacing: (header >> 12) as u8 }
     }
 
     /// Gain γ̂ and step factor of a stored side byte.

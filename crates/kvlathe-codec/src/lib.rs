@@ -58,7 +58,7 @@ mod width;
 
 pub use attend::{CoefficientSums, MAX_TOKENS_AT_ONCE};
 pub use basis::{BLOCK_LENS, Basis, DRIFT_STEP, MAX_HEAD_DIM, StreamTables};
-pub use block::{pack_row, row_bytes, side_bytes, unpack_row};
+pub use block::{pack_row, row_bytes, side_information_bytes, unpack_row};
 pub use element::Element;
 pub use error::{CodecError, Result};
 pub use kernels::{Isa, Scratch, available_isas, best_isa, product, row_products, weigh};

@@ -52,7 +52,7 @@ impl QueryTables {
         let mut row_units = column_units.clone();
         row_units[tables.n_coded()..].fill(0.0);
         let sum_of_levels: usize =
-            tables.coded_widths().map(|width| (2 * width.half_levels()).saturating_sub(1)).sum();
+            tables.widths().map(|width| (2 * width.half_levels()).saturating_sub(1)).sum();
         let largest_projected = NORM.min(2.14e9 / sum_of_levels.max(1) as f32);
         Self { synthesis, column_units, row_units, mean, largest_projected, places }
     }

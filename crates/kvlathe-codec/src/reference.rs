@@ -4,7 +4,7 @@
 //! token and put tokens side by side in a vector, agree to the last bit.
 
 use crate::basis::{DRIFT_HALF, DRIFT_REACH, StreamTables};
-use crate::block::{HEAD_BYTES, Parts, drift_code, pack_drift, pack_row, row_bytes, unpack_row};
+use crate::block::{HEADER_BYTES, Parts, drift_code, pack_drift, pack_row, row_bytes, unpack_row};
 use crate::gain::{BlockGain, GUARD_SCALES, gain_code, pack_side};
 use crate::width::Width;
 
@@ -79,7 +79,7 @@ pub fn encode(tables: &StreamTables, x: &[f32]) -> Vec<u8> {
         let reach = DRIFT_REACH / tables.coefficients[i].width.step();
         let mut sums = [0.0f32; DRIFT_SUMS];
         for (t, z) in z.iter().enumerate() {
-            sums[t % DRIFT_SUMS] += z.clamp(-reach, reach);
+            sums[t % DRIFT_SUMS] += z.max(-reach).min(reach);
         }
         let [a, b, c, d, e, f, g, h] = sums;
         let (sum, unit) = (((a + e) + (c + g)) + ((b + f) + (d + h)), tables.drift_units[i]);
@@ -111,12 +111,12 @@ pub fn encode(tables: &StreamTables, x: &[f32]) -> Vec<u8> {
         for i in 0..n_coded {
             codes[i * n + t] = quantise(z[i * n + t], scale, tables.coefficients[i].width);
         }
-        packed[HEAD_BYTES + t] = pack_side(block_gain.fall(gain_codes[t]), best.1);
+        packed[HEADER_BYTES + t] = pack_side(block_gain.fall(gain_codes[t]), best.1);
     }
 
-    packed[..HEAD_BYTES].copy_from_slice(&block_gain.pack().to_le_bytes());
+    packed[..HEADER_BYTES].copy_from_slice(&block_gain.pack().to_le_bytes());
     let mut at = tables.rows_at();
-    pack_drift(&drift_codes, &mut packed[HEAD_BYTES + n..at]);
+    pack_drift(&drift_codes, &mut packed[HEADER_BYTES + n..at]);
     for i in 0..n_coded {
         let width = tables.coefficients[i].width;
         let bytes = row_bytes(width, n);

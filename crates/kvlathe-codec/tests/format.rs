@@ -2,8 +2,8 @@
 
 use kvlathe_codec::gain::{BlockGain, GUARD_SCALES};
 use kvlathe_codec::{
-    BLOCK_LENS, Basis, Pairing, Rope, Scratch, StreamTables, Tokens, WIDTHS, Width, available_isas, pack_row,
-    reference, row_bytes, side_bytes, unpack_row,
+    BLOCK_LENS, Basis, CodecError, Pairing, Rope, Scratch, StreamTables, Tokens, WIDTHS, Width,
+    available_isas, pack_row, reference, row_bytes, side_information_bytes, unpack_row,
 };
 use proptest::prelude::*;
 
@@ -105,7 +105,7 @@ fn dropping_every_coefficient_leaves_gain_times_mean_and_drift() {
     let rms = (basis.mean.iter().map(|m| m * m).sum::<f32>() / 16.0).sqrt();
     basis.mean.iter_mut().for_each(|m| *m /= rms);
     let tables = StreamTables::new(&basis, None, 8).unwrap();
-    assert_eq!(tables.block_bytes(), side_bytes(16, 8), "only side information is stored");
+    assert_eq!(tables.block_bytes(), side_information_bytes(16, 8), "only side information is stored");
 
     // Tokens that are the mean, at gains that have codes of their own.
     let mut x: Vec<f32> = (0..16 * 8).map(|at| basis.mean[at / 8] * 2f32.powi((at % 8) as i32)).collect();
@@ -154,6 +154,24 @@ fn outliers_hardly_move_the_drift() {
             assert!((before[j * 64 + t] - after[j * 64 + t]).abs() <= 0.6 * size, "token {t}");
         }
     }
+}
+
+/// Its inverse has entries beyond float32.
+#[test]
+fn nearly_singular_bases_are_refused() {
+    let d = 16;
+    let mut basis = basis(1, d, |_| Width::W4);
+    let entry = |at: usize| {
+        if at % (d + 1) == 0 {
+            6e-5
+        } else if at % (d + 1) == 1 {
+            1.0
+        } else {
+            0.0
+        }
+    };
+    basis.synthesis = (0..d * d).map(entry).collect();
+    assert_eq!(StreamTables::new(&basis, None, 8).err(), Some(CodecError::SingularBasis));
 }
 
 proptest! {

@@ -71,7 +71,7 @@ pub use validate::{
     ORTHONORMAL_TOLERANCE, WIDTHS,
 };
 
-/// The version of the format that this crate writes, and the newest it reads.
+/// The newest version of the format, that of presets made today; older ones are read, and written as they are.
 ///
 /// Version 2 has widths 1 and 3, and its blocks have drift and shorter gains (`docs/block_format.md`). What a preset of
 /// version 1 says of its rate and of what was measured holds for blocks of version 1 only.

@@ -38,7 +38,7 @@ pub struct Meta {
 /// The part of the metadata that seed presets lack.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LatheMeta {
-    /// Version of the format, [`FORMAT_VERSION`](crate::FORMAT_VERSION) when written by this crate.
+    /// Version of the format, at most [`FORMAT_VERSION`](crate::FORMAT_VERSION).
     pub format_version: u32,
     /// Version of the library that calibrated.
     pub library_version: String,

@@ -1,7 +1,7 @@
 //! Calibration → preset, and a preset at another rate.
 
 use kvlathe_calib::{LayerDesign, ModelShape, allocate};
-use kvlathe_codec::{Basis, Pairing, Rope, side_bytes};
+use kvlathe_codec::{Basis, Pairing, Rope, side_information_bytes};
 use kvlathe_preset::{
     FORMAT_VERSION, LayerPreset, Meta, Preset, RopeDescription, SharedBasis, SidePreset, StreamPreset,
 };
@@ -43,16 +43,18 @@ pub fn preset_from_design(mut meta: Meta, shape: &ModelShape, designs: Vec<Layer
 /// its rate becomes true of today's blocks, and what was measured with the old ones is dropped.
 #[must_use]
 pub fn upgraded(mut preset: Preset) -> Preset {
+    if preset.lathe().is_none_or(|lathe| lathe.format_version >= FORMAT_VERSION) {
+        return preset;
+    }
     let head_dim = preset.meta.head_dim;
     let streams =
         preset.layers.iter().flat_map(|layer| [&layer.key, &layer.value]).flat_map(|side| &side.streams);
     let (bits, n) = streams.fold((0.0, 0usize), |(bits, n), stream| (bits + stream.mean_width(), n + 1));
-    if let Some(lathe) = &mut preset.meta.lathe
-        && lathe.format_version < FORMAT_VERSION
-    {
+    if let Some(lathe) = &mut preset.meta.lathe {
         lathe.format_version = FORMAT_VERSION;
         lathe.measured.clear();
-        if bits > 0.0 {
+        // A calibration that was never set to a rate has none.
+        if lathe.bits_per_value > 0.0 {
             lathe.bits_per_value = bits / n as f64 + side_bits_per_value(head_dim, lathe.block_len);
         }
     }
@@ -62,7 +64,7 @@ pub fn upgraded(mut preset: Preset) -> Preset {
 /// Bits a value that gains, guards and drift take, whatever the rate.
 #[must_use]
 pub fn side_bits_per_value(head_dim: usize, block_len: usize) -> f64 {
-    (8 * side_bytes(head_dim, block_len)) as f64 / (head_dim * block_len) as f64
+    (8 * side_information_bytes(head_dim, block_len)) as f64 / (head_dim * block_len) as f64
 }
 
 /// The same preset at another rate: the mean over all coefficients of the model, side information included, is at
@@ -94,6 +96,7 @@ pub fn with_bits(preset: &Preset, bits_per_value: f64) -> Result<Preset> {
         }
     }
     let mut meta = lathe.clone();
+    meta.format_version = FORMAT_VERSION;
     meta.bits_per_value = allocation.mean_bits + side_bits;
     meta.measured.clear();
     preset.meta.lathe = Some(meta);

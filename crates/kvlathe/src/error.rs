@@ -30,7 +30,7 @@ pub enum Error {
     },
     /// A rate below the side information.
     #[error(
-        "{given:.3} bits a value cannot be reached, gain and guard alone take {least:.3} at this head_dim"
+        "{given:.3} bits a value cannot be reached, side information alone takes {least:.3} at this head_dim and block length"
     )]
     Rate {
         /// Asked for.

@@ -7,7 +7,7 @@ use super::lanes::{LANES, groups, groups_mut, load, total};
 use super::levels::{unpack_drift, unpack_row_of_blocks, unpack_sides};
 use super::multiply::Multiply;
 use crate::basis::{DRIFT_REACH, StreamTables};
-use crate::block::{HEAD_BYTES, Parts, pack_drift, pack_row, row_bytes};
+use crate::block::{HEADER_BYTES, Parts, pack_drift, pack_row, row_bytes};
 use crate::gain::{BlockGain, GUARD_SCALES, gain_code, pack_side};
 use crate::reference::{GUARD_CANDIDATES, drift, quantise_drift, smallest_safe_guard};
 use crate::rope::Rotation;
@@ -40,10 +40,10 @@ pub(super) fn encode<M: Multiply>(tables: &StreamTables, scratch: &mut Scratch, 
     let block_gain = BlockGain::of(gain_codes);
     normalise(tables, block_gain, gain_codes, z);
 
-    let (head, rest) = packed.split_at_mut(HEAD_BYTES);
+    let (header, rest) = packed.split_at_mut(HEADER_BYTES);
     let (side, rest) = rest.split_at_mut(n);
     let (drift_bytes, mut rows) = rest.split_at_mut(d.div_ceil(2));
-    head.copy_from_slice(&block_gain.pack().to_le_bytes());
+    header.copy_from_slice(&block_gain.pack().to_le_bytes());
     take_out_drift(tables, z, &mut codes[..d]);
     pack_drift(&codes[..d], drift_bytes);
     for t in (0..n).step_by(LANES) {
@@ -78,18 +78,18 @@ pub(super) fn encode<M: Multiply>(tables: &StreamTables, scratch: &mut Scratch, 
 fn normalise(tables: &StreamTables, block_gain: BlockGain, gain_codes: &[u16], z: &mut [f32]) {
     let n = tables.block_len;
     for t in (0..n).step_by(LANES) {
-        let (mut inverse_gains, mut lives) = ([0.0f32; LANES], [0.0f32; LANES]);
+        let (mut inverse_gains, mut lives) = ([0.0f32; LANES], [false; LANES]);
         for l in 0..LANES {
             let gain = block_gain.gain(block_gain.fall(gain_codes[t + l]));
             if gain > 0.0 {
-                (inverse_gains[l], lives[l]) = (1.0 / gain, 1.0);
+                (inverse_gains[l], lives[l]) = (1.0 / gain, true);
             }
         }
         for i in 0..tables.head_dim {
             let mean = load(&tables.coded_mean, i * n + t);
             let z = &mut z[i * n + t..i * n + t + LANES];
             for l in 0..LANES {
-                z[l] = z[l].mul_add(inverse_gains[l], -mean[l]) * lives[l];
+                z[l] = if lives[l] { z[l].mul_add(inverse_gains[l], -mean[l]) } else { 0.0 };
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Packed rows to levels in 16-bit integers, and side words to numbers.
+//! Packed rows to levels in 16-bit integers, and side bytes to numbers.
 //!
 //! A level is doubled, 2·code + 1 − 2^width, so that it is a whole number. Rows of one width follow one another, so
 //! width and length are settled once for a run of rows and the loops inside are straight vector code. Loops go by
@@ -41,18 +41,6 @@ fn levels_of_1<const BYTES: usize>(bytes: &[u8; BYTES], levels: &mut [i16]) {
     }
 }
 
-/// Doubled levels of codes of width 3: `low` holds two bits of each, as width 2 does, and `high` one, as width 1 does.
-#[inline(always)]
-fn levels_of_3<const LOW: usize, const HIGH: usize>(low: &[u8; LOW], high: &[u8; HIGH], levels: &mut [i16]) {
-    levels_of_2::<LOW>(low, levels);
-    // A set bit is worth four codes, eight doubled levels; its absence takes as much from the middle.
-    for (k, run) in levels[..8 * HIGH].as_chunks_mut::<HIGH>().0.iter_mut().enumerate() {
-        for j in 0..HIGH {
-            run[j] += i16::from((high[j] >> k) & 1) * 8 - 4;
-        }
-    }
-}
-
 /// Doubled levels of codes of width 2: each byte holds four, `BYTES` apart.
 #[inline(always)]
 fn levels_of_2<const BYTES: usize>(bytes: &[u8; BYTES], levels: &mut [i16]) {
@@ -64,6 +52,18 @@ fn levels_of_2<const BYTES: usize>(bytes: &[u8; BYTES], levels: &mut [i16]) {
         c1[j] = i16::from((bytes[j] >> 2) & 3) * 2 - 3;
         c2[j] = i16::from((bytes[j] >> 4) & 3) * 2 - 3;
         c3[j] = i16::from(bytes[j] >> 6) * 2 - 3;
+    }
+}
+
+/// Doubled levels of codes of width 3: `low` holds two bits of each, as width 2 does, and `high` one, as width 1 does.
+#[inline(always)]
+fn levels_of_3<const LOW: usize, const HIGH: usize>(low: &[u8; LOW], high: &[u8; HIGH], levels: &mut [i16]) {
+    levels_of_2::<LOW>(low, levels);
+    // A set bit is worth four codes, eight doubled levels; its absence takes as much from the middle.
+    for (k, run) in levels[..8 * HIGH].as_chunks_mut::<HIGH>().0.iter_mut().enumerate() {
+        for j in 0..HIGH {
+            run[j] += i16::from((high[j] >> k) & 1) * 8 - 4;
+        }
     }
 }
 
@@ -87,7 +87,7 @@ fn levels_of_8<const BYTES: usize>(bytes: &[u8; BYTES], levels: &mut [i16]) {
 
 /// The first `N` bytes.
 #[inline(always)]
-fn head<const N: usize>(bytes: &[u8]) -> &[u8; N] {
+fn first_bytes<const N: usize>(bytes: &[u8]) -> &[u8; N] {
     bytes[..N].try_into().expect("N bytes")
 }
 
@@ -101,20 +101,19 @@ fn row_levels<const B1: usize, const B2: usize, const B4: usize, const B8: usize
     let levels = &mut levels[..B8];
     match width {
         Width::W0 => {}
-        Width::W1 => levels_of_1::<B1>(head(row), levels),
-        Width::W2 => levels_of_2::<B2>(head(row), levels),
-        Width::W3 => levels_of_3::<B2, B1>(head(row), head(&row[B2..]), levels),
-        Width::W4 => levels_of_4::<B4>(head(row), levels),
-        Width::W8 => levels_of_8::<B8>(head(row), levels),
+        Width::W1 => levels_of_1::<B1>(first_bytes(row), levels),
+        Width::W2 => levels_of_2::<B2>(first_bytes(row), levels),
+        Width::W3 => levels_of_3::<B2, B1>(first_bytes(row), first_bytes(&row[B2..]), levels),
+        Width::W4 => levels_of_4::<B4>(first_bytes(row), levels),
+        Width::W8 => levels_of_8::<B8>(first_bytes(row), levels),
     }
 }
 
-/// All coefficients of a block to levels `[n_padded/2, block_len, 2]`, for products over coefficients; coefficients
-/// beyond the coded ones are zero.
+/// All coefficients of a block to levels `[⌈n_coded/2⌉, block_len, 2]`, for products over coefficients; what makes up a
+/// last pair is zero.
 #[inline(always)]
 pub(super) fn unpack_pairs(tables: &StreamTables, rows: &[u8], levels: &mut [i16]) {
     for_block_len!(tables.block_len, unpack_pairs_of, (tables, rows, levels));
-    levels[tables.n_coded().next_multiple_of(2) * tables.block_len..].fill(0);
 }
 
 #[inline(always)]
@@ -153,7 +152,10 @@ macro_rules! pair {
     ($name:ident, $levels_of:ident) => {
         #[inline(always)]
         fn $name<const ROW: usize, const TWICE: usize>(rows: &[u8], levels: &mut [i16]) {
-            $levels_of::<TWICE>(&interleaved::<ROW, TWICE>(head(rows), head(&rows[ROW..])), levels);
+            $levels_of::<TWICE>(
+                &interleaved::<ROW, TWICE>(first_bytes(rows), first_bytes(&rows[ROW..])),
+                levels,
+            );
         }
     };
 }
@@ -166,8 +168,8 @@ pair!(pair_of_1, levels_of_1);
 #[inline(always)]
 fn pair_of_3<const B1: usize, const B2: usize, const B4: usize>(rows: &[u8], levels: &mut [i16]) {
     let (even, odd) = rows.split_at(B1 + B2);
-    let low = interleaved::<B2, B4>(head(even), head(odd));
-    let high = interleaved::<B1, B2>(head(&even[B2..]), head(&odd[B2..]));
+    let low = interleaved::<B2, B4>(first_bytes(even), first_bytes(odd));
+    let high = interleaved::<B1, B2>(first_bytes(&even[B2..]), first_bytes(&odd[B2..]));
     levels_of_3::<B4, B2>(&low, &high, levels);
 }
 

@@ -62,7 +62,7 @@ pub struct Scratch {
     /// `[n_queries, n_blocks]`, then `[n_queries, n_padded]`: weights of blocks, and what their drift adds to sums.
     pub(crate) block_weights: Vec<f32>,
     pub(crate) drift_sums: Vec<f32>,
-    /// `[n_padded/2, block_len, 2]` doubled levels of a block.
+    /// `[⌈n_coded/2⌉, block_len, 2]` doubled levels of a block.
     pub(crate) levels: Vec<i16>,
     /// `[n_queries, block_len]` queries times the mean table.
     pub(crate) mean_scores: Vec<f32>,
@@ -115,7 +115,7 @@ impl Scratch {
         fit(&mut self.projected, n_queries * n_padded)?;
         fit(&mut self.drift, n_padded)?;
         fit(&mut self.units, n_queries)?;
-        fit(&mut self.levels, n_padded * n)?;
+        fit(&mut self.levels, tables.n_coded().next_multiple_of(2) * n)?;
         fit(&mut self.mean_scores, n_queries * n)?;
         fit(&mut self.mean_parts, 2 * n_queries * query_tables.mean.width)?;
         fit(&mut self.gains, n)?;
