@@ -31,14 +31,29 @@ macro_rules! for_block_len {
     };
 }
 
+/// A block for each bit of a byte, so that the shifts are constants.
+macro_rules! each_bit {
+    ($k:ident => $body:block) => {
+        each_bit!(@each $k, $body, 0, 1, 2, 3, 4, 5, 6, 7)
+    };
+    (@each $k:ident, $body:block, $($bit:literal),*) => {
+        $({
+            const BIT: usize = $bit;
+            let $k = BIT;
+            $body
+        })*
+    };
+}
+
 /// Doubled levels of codes of width 1: each byte holds eight, `BYTES` apart.
 #[inline(always)]
 fn levels_of_1<const BYTES: usize>(bytes: &[u8; BYTES], levels: &mut [i16]) {
-    for (k, run) in levels[..8 * BYTES].as_chunks_mut::<BYTES>().0.iter_mut().enumerate() {
+    let runs = &mut levels.as_chunks_mut::<BYTES>().0[..8];
+    each_bit!(k => {
         for j in 0..BYTES {
-            run[j] = i16::from((bytes[j] >> k) & 1) * 2 - 1;
+            runs[k][j] = i16::from((bytes[j] >> k) & 1) * 2 - 1;
         }
-    }
+    });
 }
 
 /// Doubled levels of codes of width 2: each byte holds four, `BYTES` apart.
@@ -60,11 +75,12 @@ fn levels_of_2<const BYTES: usize>(bytes: &[u8; BYTES], levels: &mut [i16]) {
 fn levels_of_3<const LOW: usize, const HIGH: usize>(low: &[u8; LOW], high: &[u8; HIGH], levels: &mut [i16]) {
     levels_of_2::<LOW>(low, levels);
     // A set bit is worth four codes, eight doubled levels; its absence takes as much from the middle.
-    for (k, run) in levels[..8 * HIGH].as_chunks_mut::<HIGH>().0.iter_mut().enumerate() {
+    let runs = &mut levels.as_chunks_mut::<HIGH>().0[..8];
+    each_bit!(k => {
         for j in 0..HIGH {
-            run[j] += i16::from((high[j] >> k) & 1) * 8 - 4;
+            runs[k][j] += i16::from((high[j] >> k) & 1) * 8 - 4;
         }
-    }
+    });
 }
 
 /// Doubled levels of codes of width 4: each byte holds two, `BYTES` apart.
@@ -308,14 +324,16 @@ pub(super) fn unpack_sides<V: F32x8>(block: BlockGain, side: &[u8], gains: &mut 
 #[inline(always)]
 pub(super) fn unpack_drift(packed: &[u8], units: &[f32], drift: &mut [f32]) {
     let n = packed.len();
-    let drift = &mut drift[..units.len()];
+    let (low, high) = drift[..units.len()].split_at_mut(n);
+    let (low_units, high_units) = units.split_at(n);
     for j in 0..n {
-        drift[j] = (i32::from(packed[j] & 15) - DRIFT_HALF as i32) as f32 * units[j];
+        low[j] = (i32::from(packed[j] & 15) - DRIFT_HALF as i32) as f32 * low_units[j];
     }
-    for j in n..units.len().min(2 * n) {
-        drift[j] = (i32::from(packed[j - n] >> 4) - DRIFT_HALF as i32) as f32 * units[j];
+    let n = n.min(high.len());
+    let (high, rest) = high.split_at_mut(n);
+    let high_units = &high_units[..n];
+    for j in 0..n {
+        high[j] = (i32::from(packed[j] >> 4) - DRIFT_HALF as i32) as f32 * high_units[j];
     }
-    for j in 2 * n..units.len() {
-        drift[j] = 0.0;
-    }
+    rest.fill(0.0);
 }
