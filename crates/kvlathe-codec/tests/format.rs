@@ -161,14 +161,10 @@ fn outliers_hardly_move_the_drift() {
 fn nearly_singular_bases_are_refused() {
     let d = 16;
     let mut basis = basis(1, d, |_| Width::W4);
-    let entry = |at: usize| {
-        if at % (d + 1) == 0 {
-            6e-5
-        } else if at % (d + 1) == 1 {
-            1.0
-        } else {
-            0.0
-        }
+    let entry = |at: usize| match at % (d + 1) {
+        0 => 6e-5,
+        1 => 1.0,
+        _ => 0.0,
     };
     basis.synthesis = (0..d * d).map(entry).collect();
     assert_eq!(StreamTables::new(&basis, None, 8).err(), Some(CodecError::SingularBasis));
