@@ -67,7 +67,7 @@ def _fisher_moments(
     generator = torch.Generator(device="cpu").manual_seed(options.seed)
     n_threads = torch.get_num_threads()
 
-    # Layers of full attention keep sinks exact, and they look like no other tokens. (Windows code them, once a sequence.)
+    # Layers of full attention keep sinks exact, and they look like no other tokens.
     first = options.n_sinks
 
     def on_backward(layer: int, k: Tensor, v: Tensor, dk_far: Tensor, dv_far: Tensor) -> None:
