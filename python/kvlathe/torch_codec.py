@@ -67,6 +67,8 @@ class TorchStreamCodec:
         gains[0] = 0.0
         self._gains = gains.to(torch.float32).to(device)
         self._scales = torch.tensor(_GUARD_SCALES, dtype=torch.float32, device=device)
+        # What each spacing reaches below a block's gain.
+        self._reaches = _MOST_FALL << torch.arange(16, device=device)
         self._rope = codec.rope
 
     def _load(self, codec: StreamSetCodec, head: int) -> _Head:
@@ -145,8 +147,7 @@ class TorchStreamCodec:
         largest = codes.amax(-1, keepdim=True)
         smallest = torch.where(codes > 0, codes, largest).amin(-1, keepdim=True)
         # The least spacing with which the smallest gain can be stated.
-        reaches = _MOST_FALL << torch.arange(16, device=codes.device)
-        spacing = (reaches < largest - smallest).sum(-1, keepdim=True)
+        spacing = (self._reaches < largest - smallest).sum(-1, keepdim=True)
         falls = (largest - codes + ((1 << spacing) >> 1)) >> spacing
         falls = torch.where(codes > 0, falls.clamp_max(_MOST_FALL), torch.full_like(codes, _FALL_OF_ZERO))
         stated = largest | (spacing << 12)

@@ -100,13 +100,14 @@ class WindowLayer(CompressedLayer):
         store.keeps_all = self.record_past
         return store
 
-    def _n_visible(self) -> int:
-        """Past tokens that the next query sees."""
-        return min(self.get_seq_length(), self.sliding_window - 1)
+    def _n_visible(self, n_tokens: int) -> int:
+        """Past tokens, of so many, that the next query sees."""
+        return min(n_tokens, self.sliding_window - 1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        visible = self._n_visible()
-        return visible + query_length, self.get_seq_length() - visible
+        n_tokens = self.get_seq_length()
+        visible = self._n_visible(n_tokens)
+        return visible + query_length, n_tokens - visible
 
     def get_max_length(self) -> int:
         return self.sliding_window
@@ -115,7 +116,7 @@ class WindowLayer(CompressedLayer):
         store = self._store
         if store is None:
             return 0, 0
-        n = self._form.values_per_token * self._n_visible() * store.batch
+        n = self._form.values_per_token * self._n_visible(store.n_tokens) * store.batch
         return n, n * self.dtype.itemsize
 
     def activate_past_recording(self) -> None:
