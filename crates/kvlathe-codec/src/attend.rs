@@ -7,10 +7,10 @@
 //! * **accumulation** with weights p: Σₜ pₜ·x̂ₜ = S·(Σₜ pₜγₜsₜ·uₜ + a·Σₜ pₜγₜ) + μ·Σₜ pₜγₜ. The bracket is what is summed,
 //!   over all blocks; S is applied once at the end. Values are not rotated, so their mean is one vector.
 //!
-//! Levels are small integers, so the long products run on 16-bit integers: q, Sᵀq and pₜγₜsₜ are rounded to that. The
-//! error of a score is below 10⁻⁴·‖q‖·‖x̂‖ where coded coefficients suffer about the same distortion, as calibrated ones
-//! do (below 10⁻³ in any case tried), that of a sum below 2·10⁻⁵·Σ pₜ‖x̂ₜ‖: what the codes themselves leave out is a
-//! hundred times as much.
+//! Codes are bytes, and a level is its code and a constant, so the long products multiply bytes by integers: q is rounded
+//! to 16 bits, Sᵀq and pₜγₜsₜ to 15. The error of a score is below 10⁻⁴·‖q‖·‖x̂‖ where coded coefficients suffer about the
+//! same distortion, as calibrated ones do (below 10⁻³ in any case tried), that of a sum below 4·10⁻⁵·Σ pₜ‖x̂ₜ‖: what the
+//! codes themselves leave out is a hundred times as much.
 
 use std::ops::Range;
 

@@ -2,13 +2,14 @@
 //!
 //! A query q is scaled to the norm [`NORM`] and, in each block's frame, rounded to integers; so is each column of the
 //! synthesis. By Cauchy and Schwarz every product of the two, partial sums included, then fits in 32 bits. The products
-//! of one query and block are rounded again, against their largest, for the product with the levels. Rounding errors
+//! of one query and block are rounded again, against their largest, for the product with the codes. Rounding errors
 //! are about 10⁻⁵ of ‖q‖·‖x‖: far below the error that codes of a few bits bring. The mean's part, which may be large,
 //! and the drift's, which is one number a block, stay in float32.
 
 use crate::basis::StreamTables;
-use crate::kernels::LANES;
+use crate::kernels::{LANES, LARGEST_INTEGER};
 use crate::rope::{Pairing, Rope};
+use crate::width::Width;
 
 /// Norm of scaled queries and synthesis columns: rounding to integers keeps their entries within 16 bits.
 const NORM: f32 = 32_700.0;
@@ -19,14 +20,16 @@ const NORM: f32 = 32_700.0;
 pub(crate) struct QueryTables {
     /// `[n_places/2, n_padded, 2]`: columns of V times their step, each scaled to norm [`NORM`] and rounded.
     pub(crate) synthesis: Vec<i16>,
-    /// `[n_padded]`: what a product of a column with a query of norm [`NORM`] is worth, times one half because levels
-    /// are doubled.
+    /// `[n_padded]`: what a product of a column with a query of norm [`NORM`] is worth.
     pub(crate) column_units: Vec<f32>,
-    /// `[n_padded]`: the same, and zero for coefficients without a row of levels.
+    /// `[n_padded]`: the same, and zero for coefficients without a row of codes.
     pub(crate) row_units: Vec<f32>,
+    /// (1 − 2^width)/2, what is added to a code to make it a level; of coefficients with a row of codes, padded with zeros
+    /// to whole groups of lanes.
+    pub(crate) level_offsets: Vec<f32>,
     /// The mean's part of scores.
     pub(crate) mean: MeanTables,
-    /// What the largest product of a query is rounded to; Σ |product|·|doubled level| then stays below 2³¹.
+    /// What the largest product of a query is rounded to; Σ |product|·code then stays below 2³¹.
     pub(crate) largest_projected: f32,
     /// The component at each place; none where it is padding.
     places: Vec<Option<usize>>,
@@ -47,14 +50,18 @@ impl QueryTables {
                 synthesis[(place / 2 * n_padded + i) * 2 + place % 2] = value.round() as i16;
             }
         }
-        let mut column_units: Vec<f32> = norms.iter().map(|norm| 0.5 * norm / NORM).collect();
+        let mut column_units: Vec<f32> = norms.iter().map(|norm| norm / NORM).collect();
         column_units.resize(n_padded, 0.0);
         let mut row_units = column_units.clone();
         row_units[tables.n_coded()..].fill(0.0);
-        let sum_of_levels: usize =
-            tables.widths().map(|width| (2 * width.half_levels()).saturating_sub(1)).sum();
-        let largest_projected = NORM.min(2.14e9 / sum_of_levels.max(1) as f32);
-        Self { synthesis, column_units, row_units, mean, largest_projected, places }
+        let largest_code = |width: Width| (2 * width.half_levels()).saturating_sub(1);
+        let mut level_offsets: Vec<f32> =
+            tables.widths().map(|width| -0.5 * largest_code(width) as f32).collect();
+        level_offsets.truncate(tables.n_coded());
+        level_offsets.resize(tables.n_coded().next_multiple_of(LANES), 0.0);
+        let sum_of_codes: usize = tables.widths().map(largest_code).sum();
+        let largest_projected = LARGEST_INTEGER.min(2.14e9 / sum_of_codes.max(1) as f32);
+        Self { synthesis, column_units, row_units, level_offsets, mean, largest_projected, places }
     }
 
     /// Places, padding included.

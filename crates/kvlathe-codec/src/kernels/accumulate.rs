@@ -3,16 +3,17 @@
 use super::Scratch;
 use super::f32x8::F32x8;
 use super::lanes::{LANES, groups, groups_mut};
-use super::levels::{unpack_drift, unpack_row_of_blocks, unpack_sides};
-use super::multiply::{DOT_STEP, Multiply};
+use super::multiply::Multiply;
+use super::multiply_codes::{DOT_STEP, LARGEST_INTEGER};
 use super::product::dot;
+use super::side::{unpack_drift, unpack_sides};
 use crate::attend::CoefficientSums;
 use crate::basis::StreamTables;
 use crate::block::{Parts, row_bytes};
 
 /// Coefficients that are unpacked and summed together.
 pub(super) const TOGETHER: usize = 4;
-/// Σ weight · doubled level stays below 2³¹ when the integer weights sum to less than this: 255 · 8.4 million.
+/// Σ weight · code stays below 2³¹ when the integer weights sum to less than this: 255 · 8.4 million.
 const LARGEST_SUM: f32 = 8.4e6;
 
 /// As [`StreamTables::accumulate_blocks`].
@@ -31,10 +32,11 @@ pub(super) fn accumulate<M: Multiply>(
     let Scratch {
         products,
         weights_i16,
-        row_levels,
+        row_codes,
         gains,
         scales,
         units,
+        totals,
         drift,
         block_weights,
         drift_sums,
@@ -56,8 +58,11 @@ pub(super) fn accumulate<M: Multiply>(
             block_weights[q * n_blocks + b] = weight;
             sums.mean_weights[q] += weight;
         }
-        units[q] = quantise::<M::F32x8>(weights, scales, &mut weights_i16[q * stride..][..stride]);
+        let integers = &mut weights_i16[q * stride..][..stride];
+        units[q] = quantise::<M::F32x8>(weights, scales, integers);
+        totals[q] = total(integers);
     }
+    M::order_rows(&mut weights_i16[..n_queries * stride]);
     let drift_sums = &mut drift_sums[..n_queries * n_padded];
     M::multiply(block_weights, drift, drift_sums, (n_blocks, n_padded));
     for q in 0..n_queries {
@@ -72,19 +77,32 @@ pub(super) fn accumulate<M: Multiply>(
         let together = TOGETHER.min(n_coded - first);
         for i in 0..together {
             let width = tables.coefficients[first + i].width;
-            let levels = &mut row_levels[i * stride..][..n_tokens];
-            unpack_row_of_blocks(width, n, blocks, next_row, levels);
+            let codes = &mut row_codes[i * stride..][..n_tokens];
+            M::unpack_row_of_blocks(width, n, blocks, next_row, codes);
             next_row += row_bytes(width, n);
         }
         let dots = &mut products[..n_queries * together];
-        M::dot_i16(weights_i16, row_levels, dots, (stride, together));
+        M::dot_codes(weights_i16, row_codes, dots, (stride, together));
         for q in 0..n_queries {
             let sums = &mut sums.sums[q * d + first..][..together];
             for i in 0..together {
-                sums[i] = (dots[q * together + i] as f32).mul_add(units[q], sums[i]);
+                // A level, doubled, is 2·code + 1 − 2^width.
+                let levels = 2 * tables.coefficients[first + i].width.half_levels() as i64;
+                let doubled = 2 * i64::from(dots[q * together + i]) + (1 - levels) * i64::from(totals[q]);
+                sums[i] = (doubled as f32).mul_add(units[q], sums[i]);
             }
         }
     }
+}
+
+/// The sum of integers that are at least 0 and sum to less than 2³¹.
+#[inline(always)]
+fn total(integers: &[i16]) -> i32 {
+    let mut sum = 0;
+    for t in 0..integers.len() {
+        sum += i32::from(integers[t]);
+    }
+    sum
 }
 
 /// Rounds weightₜ·scaleₜ to integers; returns what one of (integer · doubled level) is worth.
@@ -108,7 +126,7 @@ fn quantise<V: F32x8>(weights: &[f32], scales: &[f32], integers: &mut [i16]) -> 
         return sum * 0.0;
     }
     // Rounding adds at most a half a token to the sum.
-    let factor = (32_700.0 / most).min((LARGEST_SUM - 0.5 * integers.len() as f32) / sum);
+    let factor = (LARGEST_INTEGER / most).min((LARGEST_SUM - 0.5 * integers.len() as f32) / sum);
     let integers = &mut groups_mut(integers)[..n];
     for g in 0..n {
         let scaled = V::load(&weights[g]).mul(V::load(&scales[g]));

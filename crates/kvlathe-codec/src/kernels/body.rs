@@ -4,8 +4,8 @@
 use super::Scratch;
 use super::f32x8::F32x8;
 use super::lanes::{LANES, groups, groups_mut, load, total};
-use super::levels::{unpack_drift, unpack_row_of_blocks, unpack_sides};
 use super::multiply::Multiply;
+use super::side::{unpack_drift, unpack_sides};
 use crate::basis::{DRIFT_REACH, StreamTables};
 use crate::block::{HEADER_BYTES, Parts, pack_drift, pack_row, row_bytes};
 use crate::gain::{BlockGain, GUARD_SCALES, gain_code, pack_side};
@@ -170,7 +170,7 @@ fn choose_guards(tables: &StreamTables, z: &[f32], t: usize) -> [u8; LANES] {
 #[inline(always)]
 pub(super) fn decode<M: Multiply>(tables: &StreamTables, packed: &[u8], scratch: &mut Scratch) {
     let (d, n) = (tables.head_dim, tables.block_len);
-    let Scratch { x, z, row_levels, drift, gains, scales, .. } = scratch;
+    let Scratch { x, z, row_codes, drift, gains, scales, .. } = scratch;
     let (z, gains, scales) = (&mut z[..d * n], &mut gains[..n], &mut scales[..n]);
     let parts = Parts::of(tables, packed);
     unpack_sides::<M::F32x8>(parts.gain, parts.side, gains, scales);
@@ -182,12 +182,12 @@ pub(super) fn decode<M: Multiply>(tables: &StreamTables, packed: &[u8], scratch:
             z.fill(drift);
             continue;
         }
-        let (width, levels) = (tables.coefficients[i].width, &mut row_levels[..n]);
-        unpack_row_of_blocks(width, n, &[parts.rows], at, levels);
+        let (width, codes) = (tables.coefficients[i].width, &mut row_codes[..n]);
+        M::unpack_row_of_blocks(width, n, &[parts.rows], at, codes);
         at += row_bytes(width, n);
+        let offset = 0.5 - width.half_levels() as f32;
         for t in 0..n {
-            // Levels are doubled.
-            z[t] = (f32::from(levels[t]) * 0.5).mul_add(scales[t], drift);
+            z[t] = (f32::from(codes[t]) + offset).mul_add(scales[t], drift);
         }
     }
     M::multiply(&tables.synthesis, z, x, (d, n));

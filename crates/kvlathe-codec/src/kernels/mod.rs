@@ -5,6 +5,9 @@
 
 mod accumulate;
 mod body;
+mod codes;
+#[cfg(target_arch = "x86_64")]
+mod codes_x86;
 mod f32x8;
 #[cfg(target_arch = "aarch64")]
 mod f32x8_neon;
@@ -13,19 +16,25 @@ mod f32x8_x86;
 mod frame;
 mod isa;
 mod lanes;
-mod levels;
 mod multiply;
+mod multiply_codes;
+#[cfg(target_arch = "aarch64")]
+mod multiply_codes_neon;
+#[cfg(target_arch = "x86_64")]
+mod multiply_codes_x86;
 #[cfg(target_arch = "aarch64")]
 mod multiply_neon;
 #[cfg(target_arch = "x86_64")]
 mod multiply_x86;
 mod product;
 mod score;
+mod side;
 mod softmax;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod tiles;
 
 pub(crate) use lanes::LANES;
+pub(crate) use multiply_codes::LARGEST_INTEGER;
 
 pub use isa::{Isa, available_isas, best_isa};
 
@@ -62,8 +71,8 @@ pub struct Scratch {
     /// `[n_queries, n_blocks]`, then `[n_queries, n_padded]`: weights of blocks, and what their drift adds to sums.
     pub(crate) block_weights: Vec<f32>,
     pub(crate) drift_sums: Vec<f32>,
-    /// `[⌈n_coded/2⌉, block_len, 2]` doubled levels of a block.
-    pub(crate) levels: Vec<i16>,
+    /// `[⌈n_coded/4⌉, block_len, 4]` codes of a block.
+    pub(crate) quads: Vec<u8>,
     /// `[n_queries, block_len]` queries times the mean table.
     pub(crate) mean_scores: Vec<f32>,
     /// `[2, n_queries, width]`: even and odd parts of those scores.
@@ -73,10 +82,14 @@ pub struct Scratch {
     pub(crate) scales: Vec<f32>,
     /// `[n_queries, tokens]` attention weights times gains and step factors, rounded.
     pub(crate) weights_i16: Vec<i16>,
-    /// `[n_queries]`: what the unit of rounded numbers is worth.
+    /// `[n_queries]`: what the unit of rounded numbers is worth, and what is added to a product with codes to make it one
+    /// with levels.
     pub(crate) units: Vec<f32>,
-    /// Doubled levels of a few coefficients over many tokens.
-    pub(crate) row_levels: Vec<i16>,
+    pub(crate) offsets: Vec<f32>,
+    /// `[n_queries]`: sums of `weights_i16`.
+    pub(crate) totals: Vec<i32>,
+    /// Codes of a few coefficients over many tokens.
+    pub(crate) row_codes: Vec<u8>,
 }
 
 /// Adding 1.5·2²³ rounds a value below 2²² to an integer and leaves it in the low bits of the mantissa.
@@ -98,7 +111,7 @@ impl Scratch {
         fit(&mut self.codes, d.max(n))?;
         fit(&mut self.gain_codes, n)?;
         fit(&mut self.drift, tables.n_padded())?;
-        fit(&mut self.row_levels, n)?;
+        fit(&mut self.row_codes, n)?;
         fit(&mut self.gains, n)?;
         fit(&mut self.scales, n)
     }
@@ -115,7 +128,8 @@ impl Scratch {
         fit(&mut self.projected, n_queries * n_padded)?;
         fit(&mut self.drift, n_padded)?;
         fit(&mut self.units, n_queries)?;
-        fit(&mut self.levels, tables.n_coded().next_multiple_of(2) * n)?;
+        fit(&mut self.offsets, n_queries)?;
+        fit(&mut self.quads, tables.n_coded().next_multiple_of(codes::QUAD) * n)?;
         fit(&mut self.mean_scores, n_queries * n)?;
         fit(&mut self.mean_parts, 2 * n_queries * query_tables.mean.width)?;
         fit(&mut self.gains, n)?;
@@ -130,11 +144,12 @@ impl Scratch {
         n_blocks: usize,
     ) -> Result<()> {
         let (n_tokens, n_padded) = (n_blocks * tables.block_len, tables.n_padded());
-        let stride = n_tokens.next_multiple_of(multiply::DOT_STEP);
+        let stride = n_tokens.next_multiple_of(multiply_codes::DOT_STEP);
         fit(&mut self.products, n_queries * accumulate::TOGETHER)?;
         fit(&mut self.weights_i16, n_queries * stride)?;
         fit(&mut self.units, n_queries)?;
-        fit(&mut self.row_levels, accumulate::TOGETHER * stride)?;
+        fit(&mut self.totals, n_queries)?;
+        fit(&mut self.row_codes, accumulate::TOGETHER * stride)?;
         fit(&mut self.drift, n_blocks * n_padded)?;
         fit(&mut self.block_weights, n_queries * n_blocks)?;
         fit(&mut self.drift_sums, n_queries * n_padded)?;

@@ -1,12 +1,14 @@
 //! The products that coding and attention spend their time in.
 
+use super::codes::UnpackCodes;
 use super::f32x8::F32x8;
+use super::multiply_codes::MultiplyCodes;
 
 /// The matrix products, and the vectors, of one instruction set.
 ///
 /// All matrices are row-major. Entries of [`Multiply::multiply`] are one chain of fused multiply-adds in rising k and
 /// integer entries are exact, so every instruction set gives the same bits of them.
-pub(super) trait Multiply {
+pub(super) trait Multiply: MultiplyCodes + UnpackCodes {
     /// What the loops around the products use.
     type F32x8: F32x8;
 
@@ -19,13 +21,7 @@ pub(super) trait Multiply {
     /// out[m, n] = a[m, k] · x, with x as `[k/2, n, 2]`: two rows lie interleaved, as the instructions that multiply
     /// pairs of 16-bit integers want them. The rows of `a` begin `a_stride` apart; k is even, n a multiple of eight.
     fn multiply_i16(a: &[i16], a_stride: usize, x: &[i16], out: &mut [i32], shape: (usize, usize));
-
-    /// out[m, n] = a[m, k] · b[n, k]ᵀ: dot products of rows; `shape` is (k, n), k a multiple of [`DOT_STEP`].
-    fn dot_i16(a: &[i16], b: &[i16], out: &mut [i32], shape: (usize, usize));
 }
-
-/// Elements that [`Multiply::dot_i16`] takes at a time.
-pub(super) const DOT_STEP: usize = 32;
 
 /// Panics unless the slices have the lengths that the shape asks for: the bounds that unchecked loads rely on.
 #[inline(always)]
@@ -63,17 +59,10 @@ pub(super) fn check_pairs(
     m
 }
 
-/// As [`check_shape`], for [`Multiply::dot_i16`].
-#[inline(always)]
-pub(super) fn check_rows(a: &[i16], b: &[i16], out: &[i32], (k, n): (usize, usize)) -> usize {
-    assert!(n > 0 && out.len().is_multiple_of(n) && k.is_multiple_of(DOT_STEP));
-    let m = out.len() / n;
-    assert!(a.len() >= m * k && b.len() >= n * k);
-    m
-}
-
 /// No more than the build's target guarantees; what the others are tested against.
 pub(super) struct Portable;
+
+impl UnpackCodes for Portable {}
 
 impl Multiply for Portable {
     type F32x8 = [f32; 8];
@@ -124,21 +113,6 @@ impl Multiply for Portable {
             }
         }
     }
-
-    #[inline(always)]
-    fn dot_i16(a: &[i16], b: &[i16], out: &mut [i32], (k, n): (usize, usize)) {
-        let m = check_rows(a, b, out, (k, n));
-        for i in 0..m {
-            for j in 0..n {
-                let (a, b) = (&a[i * k..(i + 1) * k], &b[j * k..(j + 1) * k]);
-                let mut sum = 0;
-                for t in 0..k {
-                    sum += i32::from(a[t]) * i32::from(b[t]);
-                }
-                out[i * n + j] = sum;
-            }
-        }
-    }
 }
 
 #[cfg(test)]
@@ -186,14 +160,6 @@ mod tests {
             }
             for (k, n) in [(32, 1), (64, 2), (32, 3), (96, 4), (64, 7), (8, 5), (40, 6)] {
                 let case = format!("{name} m={m} k={k} n={n}");
-                if k % DOT_STEP == 0 {
-                    let largest = (f64::from(i32::MAX) / k as f64).sqrt() as i32;
-                    let (a, b) = (integers(m * k, largest, 5), integers(n * k, largest, 6));
-                    let [mut ours, mut portable] = [(); 2].map(|()| vec![7; m * n]);
-                    M::dot_i16(&a, &b, &mut ours, (k, n));
-                    Portable::dot_i16(&a, &b, &mut portable, (k, n));
-                    assert_eq!(ours, portable, "dot_i16 {case}");
-                }
                 let (a, b) = (floats(m * k, 7), floats(n * k, 8));
                 let [mut ours, mut portable] = [(); 2].map(|()| vec![7.0; m * n]);
                 M::dot(&a, &b, &mut ours, (k, n));

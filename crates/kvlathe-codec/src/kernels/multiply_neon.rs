@@ -5,7 +5,7 @@
 use std::arch::aarch64::*;
 
 use super::lanes::LANES;
-use super::multiply::{DOT_STEP, Multiply, check_dot, check_pairs, check_rows, check_shape};
+use super::multiply::{Multiply, check_dot, check_pairs, check_shape};
 use super::tiles::for_tiles;
 
 /// NEON, which every aarch64 has.
@@ -13,7 +13,7 @@ pub(super) struct Neon;
 
 /// Eight numbers. Not `float32x4x2_t`: storing one takes neighbouring registers, for which the compiler moves sums to the
 /// stack in the middle of a tile.
-type Octet<T> = [T; 2];
+pub(super) type Octet<T> = [T; 2];
 
 /// sums + pair[0] · the numbers of even place + pair[1] · those between, in 32 bits.
 #[target_feature(enable = "neon")]
@@ -26,13 +26,6 @@ fn add_pair_products(
     let low = vmlal_lane_s16::<0>(low, vget_low_s16(even), pair);
     let high = vmlal_high_lane_s16::<0>(high, even, pair);
     [vmlal_lane_s16::<1>(low, vget_low_s16(odd), pair), vmlal_high_lane_s16::<1>(high, odd, pair)]
-}
-
-/// sum + a · b, in 32 bits.
-#[target_feature(enable = "neon")]
-#[inline]
-fn add_products(sum: int32x4_t, a: int16x8_t, b: int16x8_t) -> int32x4_t {
-    vmlal_high_s16(vmlal_s16(sum, vget_low_s16(a), vget_low_s16(b)), a, b)
 }
 
 impl Neon {
@@ -159,40 +152,6 @@ impl Neon {
         }
     }
 
-    /// As `dot_tile`, for 16-bit integers.
-    #[target_feature(enable = "neon")]
-    #[inline]
-    fn int_dot_tile<const ROWS: usize, const COLUMNS: usize>(
-        a: &[i16],
-        b: &[i16],
-        out: &mut [i32],
-        (row, column): (usize, usize),
-        (k, n): (usize, usize),
-    ) {
-        assert!(k % DOT_STEP == 0 && column + COLUMNS <= n && out.len() >= (row + ROWS) * n);
-        assert!(a.len() >= (row + ROWS) * k && b.len() >= (column + COLUMNS) * k);
-        let mut sums = [[vdupq_n_s32(0); COLUMNS]; ROWS];
-        for t in (0..k).step_by(8) {
-            let mut values = [vdupq_n_s16(0); COLUMNS];
-            for c in 0..COLUMNS {
-                // SAFETY: (column + c)·k + t + 8 ≤ (column + COLUMNS)·k ≤ b.len(), as 8 divides k.
-                values[c] = unsafe { vld1q_s16(b.as_ptr().add((column + c) * k + t)) };
-            }
-            for r in 0..ROWS {
-                // SAFETY: (row + r)·k + t + 8 ≤ (row + ROWS)·k ≤ a.len(), likewise.
-                let factors = unsafe { vld1q_s16(a.as_ptr().add((row + r) * k + t)) };
-                for c in 0..COLUMNS {
-                    sums[r][c] = add_products(sums[r][c], factors, values[c]);
-                }
-            }
-        }
-        for r in 0..ROWS {
-            for c in 0..COLUMNS {
-                out[(row + r) * n + column + c] = vaddvq_s32(sums[r][c]);
-            }
-        }
-    }
-
     #[target_feature(enable = "neon")]
     #[inline]
     fn all(a: &[f32], x: &[f32], out: &mut [f32], shape: (usize, usize)) {
@@ -232,19 +191,6 @@ impl Neon {
             shape
         ));
     }
-
-    #[target_feature(enable = "neon")]
-    #[inline]
-    fn all_int_dots(a: &[i16], b: &[i16], out: &mut [i32], shape: (usize, usize)) {
-        let m = check_rows(a, b, out, shape);
-        for_tiles!(int_dot_tile, (m, shape.1), (4, [3, 2, 1]), (4, 1), |row, column| (
-            a,
-            b,
-            out,
-            (row, column),
-            shape
-        ));
-    }
 }
 
 impl Multiply for Neon {
@@ -266,11 +212,5 @@ impl Multiply for Neon {
     fn multiply_i16(a: &[i16], a_stride: usize, x: &[i16], out: &mut [i32], shape: (usize, usize)) {
         // SAFETY: as above.
         unsafe { Self::all_pairs(a, a_stride, x, out, shape) }
-    }
-
-    #[inline(always)]
-    fn dot_i16(a: &[i16], b: &[i16], out: &mut [i32], shape: (usize, usize)) {
-        // SAFETY: as above.
-        unsafe { Self::all_int_dots(a, b, out, shape) }
     }
 }

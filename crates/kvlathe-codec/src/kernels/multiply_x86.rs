@@ -2,14 +2,14 @@
 
 use std::arch::x86_64::*;
 
-use super::multiply::{DOT_STEP, Multiply, check_dot, check_pairs, check_rows, check_shape};
+use super::multiply::{Multiply, check_dot, check_pairs, check_shape};
 use super::tiles::for_tiles;
 
 /// Defines the tiles and the loops over them for one vector type.
 macro_rules! tiled_multiply {
     ($marker:ident, $doc:literal, $features:literal, $lanes:literal, $float:ty, $int:ty,
      $zero:ident, $load:ident, $store:ident, $splat:ident, $fma:ident, $total:ident,
-     $int_zero:ident, $int_load:ident, $int_store:ident, $int_splat:ident, $pair_sum:ident, $int_total:ident,
+     $int_zero:ident, $int_load:ident, $int_store:ident, $int_splat:ident, $pair_sum:ident,
      $tallest:literal, $rows:tt, $dot_tallest:literal, $dot_rows:tt) => {
         #[doc = $doc]
         pub(super) struct $marker;
@@ -136,40 +136,6 @@ macro_rules! tiled_multiply {
                 }
             }
 
-            /// As `dot_tile`, for 16-bit integers.
-            #[target_feature(enable = $features)]
-            #[inline]
-            fn int_dot_tile<const ROWS: usize, const COLUMNS: usize>(
-                a: &[i16],
-                b: &[i16],
-                out: &mut [i32],
-                (row, column): (usize, usize),
-                (k, n): (usize, usize),
-            ) {
-                assert!(k % DOT_STEP == 0 && column + COLUMNS <= n && out.len() >= (row + ROWS) * n);
-                assert!(a.len() >= (row + ROWS) * k && b.len() >= (column + COLUMNS) * k);
-                let mut sums: [[$int; COLUMNS]; ROWS] = [[$int_zero(); COLUMNS]; ROWS];
-                for t in (0..k).step_by(2 * $lanes) {
-                    let mut values: [$int; COLUMNS] = [$int_zero(); COLUMNS];
-                    for c in 0..COLUMNS {
-                        // SAFETY: (column + c)·k + t + 2·lanes ≤ (column + COLUMNS)·k ≤ b.len(), as 2·lanes divides k.
-                        values[c] = unsafe { $int_load(b.as_ptr().add((column + c) * k + t).cast()) };
-                    }
-                    for r in 0..ROWS {
-                        // SAFETY: (row + r)·k + t + 2·lanes ≤ (row + ROWS)·k ≤ a.len(), likewise.
-                        let factors = unsafe { $int_load(a.as_ptr().add((row + r) * k + t).cast()) };
-                        for c in 0..COLUMNS {
-                            sums[r][c] = $pair_sum(sums[r][c], values[c], factors);
-                        }
-                    }
-                }
-                for r in 0..ROWS {
-                    for c in 0..COLUMNS {
-                        out[(row + r) * n + column + c] = $int_total(sums[r][c]);
-                    }
-                }
-            }
-
             #[target_feature(enable = $features)]
             #[inline]
             fn all(a: &[f32], x: &[f32], out: &mut [f32], shape: (usize, usize)) {
@@ -205,15 +171,6 @@ macro_rules! tiled_multiply {
                     a, b, out, (row, column), shape
                 ));
             }
-
-            #[target_feature(enable = $features)]
-            #[inline]
-            fn all_int_dots(a: &[i16], b: &[i16], out: &mut [i32], shape: (usize, usize)) {
-                let m = check_rows(a, b, out, shape);
-                for_tiles!(int_dot_tile, (m, shape.1), ($dot_tallest, $dot_rows), (4, 1), |row, column| (
-                    a, b, out, (row, column), shape
-                ));
-            }
         }
 
         impl Multiply for $marker {
@@ -236,12 +193,6 @@ macro_rules! tiled_multiply {
                 // SAFETY: as above.
                 unsafe { Self::all_pairs(a, a_stride, x, out, shape) }
             }
-
-            #[inline(always)]
-            fn dot_i16(a: &[i16], b: &[i16], out: &mut [i32], shape: (usize, usize)) {
-                // SAFETY: as above.
-                unsafe { Self::all_int_dots(a, b, out, shape) }
-            }
         }
     };
 }
@@ -258,7 +209,7 @@ pub(super) fn total_256(lanes: __m256) -> f32 {
 /// As [`total_256`], for integers.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn int_total_256(lanes: __m256i) -> i32 {
+pub(super) fn int_total_256(lanes: __m256i) -> i32 {
     let halves = _mm_add_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256::<1>(lanes));
     let pairs = _mm_add_epi32(halves, _mm_unpackhi_epi64(halves, halves));
     _mm_cvtsi128_si32(_mm_add_epi32(pairs, _mm_shuffle_epi32::<1>(pairs)))
@@ -267,14 +218,14 @@ fn int_total_256(lanes: __m256i) -> i32 {
 /// sum + the sums of products of neighbouring 16-bit integers.
 #[target_feature(enable = "avx2")]
 #[inline]
-fn pair_sum_256(sum: __m256i, a: __m256i, b: __m256i) -> __m256i {
+pub(super) fn pair_sum_256(sum: __m256i, a: __m256i, b: __m256i) -> __m256i {
     _mm256_add_epi32(sum, _mm256_madd_epi16(a, b))
 }
 
 /// As [`pair_sum_256`], in 512 bits.
 #[target_feature(enable = "avx512f,avx512bw")]
 #[inline]
-fn pair_sum_512(sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
+pub(super) fn pair_sum_512(sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
     _mm512_add_epi32(sum, _mm512_madd_epi16(a, b))
 }
 
@@ -296,7 +247,6 @@ tiled_multiply!(
     _mm256_storeu_si256,
     _mm256_set1_epi32,
     pair_sum_256,
-    int_total_256,
     6,
     [5, 4, 3, 2, 1],
     2,
@@ -320,7 +270,6 @@ tiled_multiply!(
     _mm512_storeu_si512,
     _mm512_set1_epi32,
     pair_sum_512,
-    _mm512_reduce_add_epi32,
     8,
     [7, 6, 5, 4, 3, 2, 1],
     4,
@@ -344,7 +293,6 @@ tiled_multiply!(
     _mm512_storeu_si512,
     _mm512_set1_epi32,
     _mm512_dpwssd_epi32,
-    _mm512_reduce_add_epi32,
     8,
     [7, 6, 5, 4, 3, 2, 1],
     4,

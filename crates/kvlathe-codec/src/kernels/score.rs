@@ -1,12 +1,13 @@
 //! Scores in the coefficient domain; see [`crate::attend`] for the formula and [`crate::query`] for the integers.
 
-use super::Scratch;
+use super::codes::QUAD;
 use super::f32x8::F32x8;
 use super::frame::{score_mean, turn};
-use super::lanes::{groups, groups_mut};
-use super::levels::{unpack_drift, unpack_pairs, unpack_sides};
+use super::lanes::{LANES, groups, groups_mut};
 use super::multiply::Multiply;
 use super::product::dot;
+use super::side::{unpack_drift, unpack_sides};
+use super::{ROUND, Scratch};
 use crate::basis::StreamTables;
 use crate::block::Parts;
 use crate::query::{Queries, QueryTables};
@@ -38,12 +39,13 @@ pub(super) fn score<M: Multiply>(
         coefficients,
         projected,
         drift,
-        levels,
+        quads,
         mean_scores,
         mean_parts,
         gains,
         scales,
         units,
+        offsets,
         ..
     } = scratch;
     for b in 0..blocks.len() {
@@ -62,31 +64,25 @@ pub(super) fn score<M: Multiply>(
             M::multiply_i16(turned, n_places, &query_tables.synthesis, dots, (n_places, n_padded));
             for q in 0..n_queries {
                 let run = q * n_padded..(q + 1) * n_padded;
-                units[q] = project::<M::F32x8>(
+                (units[q], offsets[q]) = project::<M::F32x8>(
                     &dots[run.clone()],
                     query_tables,
                     &mut coefficients[run.clone()],
                     &mut projected[run],
                 );
             }
+            M::order_columns(&mut projected[..n_queries * n_padded]);
         }
         let parts = Parts::of(tables, blocks[b]);
         unpack_sides::<M::F32x8>(parts.gain, parts.side, gains, scales);
         unpack_drift(parts.drift, &tables.drift_units, drift);
-        unpack_pairs(tables, parts.rows, levels);
+        M::unpack_quads(tables, parts.rows, quads);
         let dots = &mut products[..n_queries * n];
-        if tables.n_coded() > 0 {
-            let k = tables.n_coded().next_multiple_of(2);
-            M::multiply_i16(projected, n_padded, levels, dots, (k, n));
-        } else {
-            dots.fill(0);
-        }
+        M::multiply_codes(projected, n_padded, quads, dots, (tables.n_coded().next_multiple_of(QUAD), n));
         for q in 0..n_queries {
-            // Coefficients are halved, for doubled levels.
-            let drift_score =
-                2.0 * dot::<M::F32x8>(&coefficients[q * n_padded..][..n_padded], &drift[..n_padded]);
+            let drift_score = dot::<M::F32x8>(&coefficients[q * n_padded..][..n_padded], &drift[..n_padded]);
             finish_scores::<M::F32x8>(
-                (&dots[q * n..][..n], units[q]),
+                (&dots[q * n..][..n], offsets[q], units[q]),
                 (&mean_scores[q * n..][..n], drift_score),
                 (gains, scales),
                 queries.factors[q],
@@ -99,10 +95,10 @@ pub(super) fn score<M: Multiply>(
     }
 }
 
-/// score = gain · factor · (product · step factor · unit + mean's score + drift's score)
+/// score = gain · factor · ((product + offset) · step factor · unit + mean's score + drift's score)
 #[inline(always)]
 fn finish_scores<V: F32x8>(
-    (dots, unit): (&[i32], f32),
+    (dots, offset, unit): (&[i32], f32, f32),
     (means, drift_score): (&[f32], f32),
     (gains, scales): (&[f32], &[f32]),
     factor: f32,
@@ -113,9 +109,11 @@ fn finish_scores<V: F32x8>(
     let (dots, means) = (&groups(dots)[..n], &groups(means)[..n]);
     let (gains, scales) = (&groups(gains)[..n], &groups(scales)[..n]);
     let (unit, factor, drift_score) = (V::splat(unit), V::splat(factor), V::splat(drift_score));
+    let offset = V::splat(offset);
     for g in 0..n {
         let rest = V::load(&means[g]).add(drift_score);
-        let shape = V::load_i32(&dots[g]).mul_add(V::load(&scales[g]).mul(unit), rest);
+        let levels = V::load_i32(&dots[g]).add(offset);
+        let shape = levels.mul_add(V::load(&scales[g]).mul(unit), rest);
         shape.mul(V::load(&gains[g]).mul(factor)).store(&mut scores[g]);
     }
 }
@@ -133,15 +131,15 @@ fn prefetch(bytes: &[u8]) {
     let _ = bytes;
 }
 
-/// One query's products with the columns, as numbers and as integers; of those that meet levels the largest is about
-/// ±`largest_projected`. Returns what one is worth.
+/// One query's products with the columns, as numbers and as integers; of those that meet codes the largest is about
+/// ±`largest_projected`. Returns what one is worth, and what is added to a product with codes to make it one with levels.
 #[inline(always)]
 fn project<V: F32x8>(
     products: &[i32],
     tables: &QueryTables,
     coefficients: &mut [f32],
     projected: &mut [i16],
-) -> f32 {
+) -> (f32, f32) {
     let products = groups(products);
     let n = products.len();
     let column_units = &groups(&tables.column_units)[..n];
@@ -156,10 +154,15 @@ fn project<V: F32x8>(
     let most = most.largest();
     // A query that no column sees: any factor will do.
     let factor = if most > 0.0 { tables.largest_projected / most } else { 0.0 };
-    let projected = &mut groups_mut(projected)[..n];
+    // Coefficients without a row in the last group meet codes that are zero.
+    let n = tables.level_offsets.len() / LANES;
+    let (coefficients, projected) = (&coefficients[..n], &mut groups_mut(projected)[..n]);
+    let level_offsets = &groups(&tables.level_offsets)[..n];
+    let (mut offset, factor, round) = (V::splat(0.0), V::splat(factor), V::splat(ROUND));
     for g in 0..n {
-        let coefficients = V::load_i32(&products[g]).mul(V::load(&row_units[g]));
-        coefficients.mul(V::splat(factor)).store_i16(&mut projected[g]);
+        let integers = V::load(&coefficients[g]).mul(factor).add(round).sub(round);
+        integers.store_i16(&mut projected[g]);
+        offset = integers.mul_add(V::load(&level_offsets[g]), offset);
     }
-    most / tables.largest_projected
+    (most / tables.largest_projected, offset.total())
 }
