@@ -193,7 +193,7 @@ impl Run {
     /// Seconds that the multiply-adds would take at peak rate.
     fn seconds_at(&self, peak: &Peak) -> f64 {
         let n = self.n_queries as f64;
-        // Queries to coefficients once a block, coefficients times levels, levels times weights.
+        // Queries to coefficients once a block, coefficients times codes, codes times weights.
         let int16 = n * (N_BLOCKS * HEAD_DIM * HEAD_DIM + 2 * N_TOKENS * self.tables.n_coded()) as f64;
         let float = n * (N_TOKENS * HEAD_DIM / 2) as f64;
         int16 / peak.int16 + float / peak.float

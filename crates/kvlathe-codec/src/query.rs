@@ -7,7 +7,7 @@
 //! and the drift's, which is one number a block, stay in float32.
 
 use crate::basis::StreamTables;
-use crate::kernels::{LANES, LARGEST_INTEGER};
+use crate::kernels::{LANES, LARGEST_PROJECTED};
 use crate::rope::{Pairing, Rope};
 use crate::width::Width;
 
@@ -54,13 +54,11 @@ impl QueryTables {
         column_units.resize(n_padded, 0.0);
         let mut row_units = column_units.clone();
         row_units[tables.n_coded()..].fill(0.0);
-        let largest_code = |width: Width| (2 * width.half_levels()).saturating_sub(1);
-        let mut level_offsets: Vec<f32> =
-            tables.widths().map(|width| -0.5 * largest_code(width) as f32).collect();
-        level_offsets.truncate(tables.n_coded());
+        let half_levels = || tables.widths().take(tables.n_coded()).map(Width::half_levels);
+        let mut level_offsets: Vec<f32> = half_levels().map(|half| 0.5 - half as f32).collect();
         level_offsets.resize(tables.n_coded().next_multiple_of(LANES), 0.0);
-        let sum_of_codes: usize = tables.widths().map(largest_code).sum();
-        let largest_projected = LARGEST_INTEGER.min(2.14e9 / sum_of_codes.max(1) as f32);
+        let sum_of_codes: usize = half_levels().map(|half| 2 * half - 1).sum();
+        let largest_projected = LARGEST_PROJECTED.min(2.14e9 / sum_of_codes.max(1) as f32);
         Self { synthesis, column_units, row_units, level_offsets, mean, largest_projected, places }
     }
 

@@ -88,6 +88,8 @@ fn scores_are_those_of_the_decoded_keys() {
         (20, 16, 5, ALL, true),
         (64, 32, 2, NONE, true),
         (72, 32, 9, ALL, false),
+        (20, 128, 3, ALL, true),
+        (36, 256, 1, ALL, true),
     ] {
         for pairing in [Pairing::HalfSplit, Pairing::Interleaved] {
             let rope =
@@ -127,9 +129,14 @@ fn scores_are_those_of_the_decoded_keys() {
 
 #[test]
 fn sums_are_those_of_the_decoded_values() {
-    for (d, n, n_queries, widths) in
-        [(64, 32, 7, ALL), (80, 16, 1, ALL), (256, 32, 2, ALL), (64, 8, 3, NONE), (72, 8, 5, ALL)]
-    {
+    for (d, n, n_queries, widths) in [
+        (64, 64, 7, ALL),
+        (80, 16, 1, ALL),
+        (256, 32, 2, ALL),
+        (64, 8, 3, NONE),
+        (72, 8, 5, ALL),
+        (24, 256, 4, ALL),
+    ] {
         let tables = tables(d, n, None, widths, false);
         let n_tokens = N_BLOCKS * n;
         let weights: Vec<f32> = wave(5, n_queries * n_tokens).iter().map(|w| w.abs()).collect();
@@ -139,6 +146,18 @@ fn sums_are_those_of_the_decoded_values() {
             let packed: Vec<&[u8]> = packed.iter().map(Vec::as_slice).collect();
             let mut sums = CoefficientSums::new(&tables, n_queries);
             let mut scratch = Scratch::default();
+            // More blocks than there will be: nothing of them may stay.
+            let more = [&packed[..], &packed[..1]].concat();
+            let heavy = vec![1.0; n_queries * more.len() * n];
+            tables
+                .accumulate_blocks(
+                    isa,
+                    &more,
+                    &heavy,
+                    &mut CoefficientSums::new(&tables, n_queries),
+                    &mut scratch,
+                )
+                .unwrap();
             // Twice, the first half as heavy after a rescaling; then all of it once more: three halves, doubled.
             tables.accumulate_blocks(isa, &packed, &weights, &mut sums, &mut scratch).unwrap();
             (0..n_queries).for_each(|q| sums.scale(q, 0.5));

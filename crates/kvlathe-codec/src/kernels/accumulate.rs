@@ -1,10 +1,11 @@
 //! Weighted sums in the coefficient domain; see [`crate::attend`] for the formula.
 
 use super::Scratch;
+use super::codes::doubled_signed_offset;
 use super::f32x8::F32x8;
 use super::lanes::{LANES, groups, groups_mut};
 use super::multiply::Multiply;
-use super::multiply_codes::{DOT_STEP, LARGEST_INTEGER};
+use super::multiply_codes::{DOT_STEP, LARGEST_WEIGHT};
 use super::product::dot;
 use super::side::{unpack_drift, unpack_sides};
 use crate::attend::CoefficientSums;
@@ -13,8 +14,8 @@ use crate::block::{Parts, row_bytes};
 
 /// Coefficients that are unpacked and summed together.
 pub(super) const TOGETHER: usize = 4;
-/// Σ weight · code stays below 2³¹ when the integer weights sum to less than this: 255 · 8.4 million.
-const LARGEST_SUM: f32 = 8.4e6;
+/// Σ weight · code stays below 2³¹ when the integer weights sum to less than this: 128 · 16.7 million.
+const LARGEST_SUM: f32 = 16.7e6;
 
 /// As [`StreamTables::accumulate_blocks`].
 #[inline(always)]
@@ -86,9 +87,9 @@ pub(super) fn accumulate<M: Multiply>(
         for q in 0..n_queries {
             let sums = &mut sums.sums[q * d + first..][..together];
             for i in 0..together {
-                // A level, doubled, is 2·code + 1 − 2^width.
-                let levels = 2 * tables.coefficients[first + i].width.half_levels() as i64;
-                let doubled = 2 * i64::from(dots[q * together + i]) + (1 - levels) * i64::from(totals[q]);
+                let offset = doubled_signed_offset(tables.coefficients[first + i].width);
+                let doubled =
+                    2 * i64::from(dots[q * together + i]) + i64::from(offset) * i64::from(totals[q]);
                 sums[i] = (doubled as f32).mul_add(units[q], sums[i]);
             }
         }
@@ -126,7 +127,7 @@ fn quantise<V: F32x8>(weights: &[f32], scales: &[f32], integers: &mut [i16]) -> 
         return sum * 0.0;
     }
     // Rounding adds at most a half a token to the sum.
-    let factor = (LARGEST_INTEGER / most).min((LARGEST_SUM - 0.5 * integers.len() as f32) / sum);
+    let factor = (LARGEST_WEIGHT / most).min((LARGEST_SUM - 0.5 * integers.len() as f32) / sum);
     let integers = &mut groups_mut(integers)[..n];
     for g in 0..n {
         let scaled = V::load(&weights[g]).mul(V::load(&scales[g]));

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::codes::{self, QUAD, UnpackCodes};
-use super::multiply_x86::{Avx512, Avx512Vnni};
+use super::multiply_x86::{Avx2, Avx512, Avx512Vnni};
 use crate::basis::StreamTables;
 use crate::block::row_bytes;
 use crate::width::Width;
@@ -228,6 +228,7 @@ fn unpack_quads(tables: &StreamTables, rows: &[u8], codes: &mut [u8]) {
             }
         };
     }
+    // Rows that are codes already only have to be interleaved, as those of different widths.
     while i < n8 {
         at += quad(tables, i, &rows[at..], &mut codes[i * N..(i + QUAD) * N]);
         i += QUAD;
@@ -257,7 +258,11 @@ fn unpack_row_of_blocks(width: Width, blocks: &[&[u8]], at: usize, codes: &mut [
         Width::W2 => each_block!(Width::W2),
         Width::W3 => each_block!(Width::W3),
         Width::W4 => each_block!(Width::W4),
-        Width::W8 => each_block!(Width::W8),
+        Width::W8 => {
+            for b in 0..blocks.len() {
+                store(_mm512_xor_si512(load(&blocks[b][at..], 0), _mm512_set1_epi8(i8::MIN)), codes, b * N);
+            }
+        }
     }
 }
 
@@ -267,7 +272,7 @@ macro_rules! unpack_codes {
             #[inline(always)]
             fn unpack_quads(tables: &StreamTables, rows: &[u8], codes: &mut [u8]) {
                 if tables.block_len == N {
-                    // SAFETY: the marker is named only inside functions that enable these features.
+                    // SAFETY: the marker is named only where the CPU has these features.
                     unsafe { unpack_quads(tables, rows, codes) }
                 } else {
                     codes::unpack_quads(tables, rows, codes);
@@ -292,5 +297,6 @@ macro_rules! unpack_codes {
         }
     };
 }
+impl UnpackCodes for Avx2 {}
 unpack_codes!(Avx512);
 unpack_codes!(Avx512Vnni);

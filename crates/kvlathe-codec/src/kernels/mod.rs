@@ -34,7 +34,7 @@ mod softmax;
 mod tiles;
 
 pub(crate) use lanes::LANES;
-pub(crate) use multiply_codes::LARGEST_INTEGER;
+pub(crate) use multiply_codes::LARGEST_PROJECTED;
 
 pub use isa::{Isa, available_isas, best_isa};
 
@@ -65,7 +65,8 @@ pub struct Scratch {
     pub(crate) odd: Vec<f32>,
     /// Integer products, before they become something else.
     pub(crate) products: Vec<i32>,
-    /// `[n_queries, n_padded]`: queries times the synthesis, and the same rounded.
+    /// `[n_queries, n_padded]`: queries times the synthesis; the same rounded, in the order of
+    /// [`multiply_codes::MultiplyCodes::order_columns`].
     pub(crate) coefficients: Vec<f32>,
     pub(crate) projected: Vec<i16>,
     /// `[n_queries, n_blocks]`, then `[n_queries, n_padded]`: weights of blocks, and what their drift adds to sums.
@@ -80,15 +81,16 @@ pub struct Scratch {
     /// Gains and step factors of tokens.
     pub(crate) gains: Vec<f32>,
     pub(crate) scales: Vec<f32>,
-    /// `[n_queries, tokens]` attention weights times gains and step factors, rounded.
+    /// `[n_queries, tokens]`, tokens padded to [`multiply_codes::DOT_STEP`]: attention weights times gains and step factors,
+    /// rounded, in the order of [`multiply_codes::MultiplyCodes::order_rows`].
     pub(crate) weights_i16: Vec<i16>,
     /// `[n_queries]`: what the unit of rounded numbers is worth, and what is added to a product with codes to make it one
     /// with levels.
     pub(crate) units: Vec<f32>,
     pub(crate) offsets: Vec<f32>,
-    /// `[n_queries]`: sums of `weights_i16`.
+    /// `[n_queries]`: sums of `weights_i16` before they are ordered.
     pub(crate) totals: Vec<i32>,
-    /// Codes of a few coefficients over many tokens.
+    /// Signed codes of a few coefficients over many tokens.
     pub(crate) row_codes: Vec<u8>,
 }
 

@@ -1,8 +1,11 @@
 //! The products of integers with codes, once these are bytes.
 
-/// Integers that are multiplied with codes are at most ±this: they are then 128·h + l with h and l in eight bits, which
-/// is how the instructions for bytes take them.
-pub(crate) const LARGEST_INTEGER: f32 = 16_256.0;
+/// Integers of [`MultiplyCodes::multiply_codes`] are at most ±this: they are then 128·h + l with h and l in eight bits,
+/// which is how the instructions for bytes take them.
+pub(crate) const LARGEST_PROJECTED: f32 = 16_256.0;
+
+/// Integers of [`MultiplyCodes::dot_codes`] are at least 0 and at most this: 256·h + l.
+pub(super) const LARGEST_WEIGHT: f32 = 32_700.0;
 
 /// Elements that [`MultiplyCodes::dot_codes`] takes at a time.
 pub(super) const DOT_STEP: usize = 64;
@@ -22,7 +25,8 @@ pub(super) trait MultiplyCodes {
     /// Makes rows of integers ready for [`MultiplyCodes::dot_codes`]; their length is a multiple of [`DOT_STEP`].
     fn order_rows(a: &mut [i16]);
 
-    /// out[m, n] = a[m, k] · b[n, k]ᵀ with ordered rows of `a`; `shape` is (k, n), k a multiple of [`DOT_STEP`].
+    /// out[m, n] = a[m, k] · b[n, k]ᵀ with ordered rows of `a`, at least 0, and signed codes in `b`; `shape` is (k, n), k a
+    /// multiple of [`DOT_STEP`].
     fn dot_codes(a: &[i16], b: &[u8], out: &mut [i32], shape: (usize, usize));
 }
 
@@ -84,7 +88,7 @@ impl MultiplyCodes for super::multiply::Portable {
                 let (a, b) = (&a[i * k..(i + 1) * k], &b[j * k..(j + 1) * k]);
                 let mut sum = 0;
                 for t in 0..k {
-                    sum += i32::from(a[t]) * i32::from(b[t]);
+                    sum += i32::from(a[t]) * i32::from(b[t] as i8);
                 }
                 out[i * n + j] = sum;
             }
@@ -115,9 +119,19 @@ mod tests {
             .collect()
     }
 
-    /// Codes, the largest among them.
+    /// Codes, the largest among them, with a sign and without.
     fn codes(n: usize, seed: u32) -> Vec<u8> {
-        (0..n).map(|i| if hash(i, seed) % 3 == 0 { 255 } else { (hash(i, seed) >> 8) as u8 }).collect()
+        (0..n)
+            .map(
+                |i| {
+                    if hash(i, seed) % 3 == 0 {
+                        127 + (i % 2) as u8 * 128
+                    } else {
+                        (hash(i, seed) >> 8) as u8
+                    }
+                },
+            )
+            .collect()
     }
 
     /// Every height and width of tiles, and some more rows and columns than asked for.
@@ -125,7 +139,7 @@ mod tests {
         for m in (1..=9).chain([17]) {
             for (k, n) in [(4, 8), (32, 8), (64, 16), (92, 24), (64, 40), (36, 64)] {
                 let (stride, case) = ((k + 4usize).next_multiple_of(8), format!("{name} m={m} k={k} n={n}"));
-                let (a, x) = (integers(m * stride, LARGEST_INTEGER as i32, 1), codes(k * n, 2));
+                let (a, x) = (integers(m * stride, LARGEST_PROJECTED as i32, 1), codes(k * n, 2));
                 let [mut ours, mut portable] = [(); 2].map(|()| vec![7; m * n]);
                 Portable::multiply_codes(&a, stride, &x, &mut portable, (k, n));
                 let mut ordered = a.clone();
@@ -135,9 +149,10 @@ mod tests {
             }
             for (k, n) in [(64, 1), (64, 2), (128, 3), (192, 4), (64, 7), (1024, 5)] {
                 // No sum may exceed 32 bits, as the callers see to it.
-                let largest = LARGEST_INTEGER.min(8.4e6 / k as f32) as i32;
+                let largest = LARGEST_WEIGHT.min(8.4e6 / k as f32) as i32;
                 let case = format!("{name} m={m} k={k} n={n}");
-                let (a, b) = (integers(m * k, largest, 5), codes(n * k, 6));
+                let a: Vec<i16> = integers(m * k, largest, 5).iter().map(|v| v.abs()).collect();
+                let b = codes(n * k, 6);
                 let [mut ours, mut portable] = [(); 2].map(|()| vec![7; m * n]);
                 Portable::dot_codes(&a, &b, &mut portable, (k, n));
                 let mut ordered = a.clone();

@@ -1,17 +1,14 @@
 //! [`MultiplyCodes`] for AVX2, AVX-512 and AVX-512 with VNNI.
 //!
-//! With VNNI bytes are multiplied by bytes: an integer is 128·h + l, the sums of h's products are shifted by seven and
-//! those of l's added. Without it codes become 16-bit integers on the way.
+//! With VNNI bytes are multiplied by bytes, of which one has a sign: an integer is 128·h + l or, where codes have the sign,
+//! 256·h + l; the sums of h's products are shifted and those of l's added. Without it codes become 16-bit integers on the way.
 
 use std::arch::x86_64::*;
 
-use super::codes::UnpackCodes;
+use super::codes::QUAD;
 use super::multiply_codes::{DOT_STEP, MultiplyCodes, check_columns, check_rows};
 use super::multiply_x86::{Avx2, Avx512, Avx512Vnni, int_total_256, pair_sum_256, pair_sum_512};
 use super::tiles::for_tiles;
-
-/// Bytes of one lane: four codes.
-const LANE_BYTES: usize = 4;
 
 /// Defines the tiles and the loops over them for one vector type without VNNI.
 macro_rules! tiled_multiply_codes {
@@ -39,9 +36,8 @@ macro_rules! tiled_multiply_codes {
                     let mut odd: [$int; VECTORS] = [$zero(); VECTORS];
                     for v in 0..VECTORS {
                         // SAFETY: j·n + 4·(column + VECTORS·lanes) ≤ k·n ≤ x.len(), asserted above.
-                        let codes = unsafe {
-                            $load(x.as_ptr().add(j * n + LANE_BYTES * (column + v * $lanes)).cast())
-                        };
+                        let codes =
+                            unsafe { $load(x.as_ptr().add(j * n + QUAD * (column + v * $lanes)).cast()) };
                         even[v] = $low_bytes(codes);
                         odd[v] = $high_bytes::<8>(codes);
                     }
@@ -140,7 +136,7 @@ macro_rules! tiled_multiply_codes {
             /// Of four, the two that meet even bytes, then the two that meet odd ones.
             #[inline(always)]
             fn order_columns(a: &mut [i16]) {
-                // SAFETY: the marker is named only inside functions that enable these features.
+                // SAFETY: the marker is named only where the CPU has these features.
                 unsafe { swap_middles(a) }
             }
 
@@ -190,7 +186,7 @@ fn low_bytes_512(codes: __m512i) -> __m512i {
     _mm512_and_si512(codes, _mm512_set1_epi16(255))
 }
 
-/// Sixteen bytes as 16-bit integers.
+/// Sixteen signed bytes as 16-bit integers.
 ///
 /// # Safety
 /// `from` points to sixteen bytes.
@@ -198,7 +194,7 @@ fn low_bytes_512(codes: __m512i) -> __m512i {
 #[inline]
 unsafe fn widened_256(from: *const u8) -> __m256i {
     // SAFETY: the caller's promise.
-    _mm256_cvtepu8_epi16(unsafe { _mm_loadu_si128(from.cast()) })
+    _mm256_cvtepi8_epi16(unsafe { _mm_loadu_si128(from.cast()) })
 }
 
 /// As [`widened_256`], of 32 bytes.
@@ -209,7 +205,7 @@ unsafe fn widened_256(from: *const u8) -> __m256i {
 #[inline]
 unsafe fn widened_512(from: *const u8) -> __m512i {
     // SAFETY: the caller's promise.
-    _mm512_cvtepu8_epi16(unsafe { _mm256_loadu_si256(from.cast()) })
+    _mm512_cvtepi8_epi16(unsafe { _mm256_loadu_si256(from.cast()) })
 }
 
 tiled_multiply_codes!(
@@ -251,8 +247,6 @@ tiled_multiply_codes!(
     [3, 2, 1]
 );
 
-impl UnpackCodes for Avx2 {}
-
 /// Lanes of a vector.
 const LANES_512: usize = 16;
 /// Integers that [`Avx512Vnni`] splits together for products with columns.
@@ -274,7 +268,7 @@ impl Avx512Vnni {
         }
     }
 
-    /// As `split_columns`, for [`DOT_STEP`] integers.
+    /// Of [`DOT_STEP`] integers all h, then all l.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
     #[inline]
     fn split_rows(a: &mut [i16]) {
@@ -283,10 +277,8 @@ impl Avx512Vnni {
             for half in 0..2 {
                 // SAFETY: half·32 + 32 ≤ 64 integers.
                 let value = unsafe { _mm512_loadu_si512(run.as_ptr().add(half * 32).cast()) };
-                let high = _mm512_srai_epi16::<7>(_mm512_add_epi16(value, _mm512_set1_epi16(64)));
-                let low = _mm512_sub_epi16(value, _mm512_slli_epi16::<7>(high));
-                parts[half] = _mm512_cvtepi16_epi8(high);
-                parts[2 + half] = _mm512_cvtepi16_epi8(low);
+                parts[half] = _mm512_cvtepi16_epi8(_mm512_srli_epi16::<8>(value));
+                parts[2 + half] = _mm512_cvtepi16_epi8(value);
             }
             for (i, part) in parts.into_iter().enumerate() {
                 // SAFETY: i·16 + 16 ≤ 64 integers of two bytes.
@@ -309,16 +301,19 @@ impl Avx512Vnni {
         assert!(lanes <= LANES_512 && column + (VECTORS - 1) * LANES_512 + lanes <= n);
         assert!(k <= a_stride && k % 4 == 0 && a_stride % SPLIT == 0);
         assert!(x.len() >= k * n && a.len() >= (row + ROWS) * a_stride && out.len() >= (row + ROWS) * n);
-        let mask = (u32::MAX >> (32 - lanes)) as __mmask16;
+        let mask = ((1u32 << lanes) - 1) as __mmask16;
         let mut sums = [[_mm512_setzero_si512(); VECTORS]; ROWS];
         // Bytes from a run's beginning to its h, then to its l.
         for part in [0, SPLIT] {
+            for sum in sums.as_flattened_mut() {
+                *sum = _mm512_slli_epi32::<7>(*sum);
+            }
             for j in (0..k).step_by(4) {
                 let mut codes = [_mm512_setzero_si512(); VECTORS];
                 for v in 0..VECTORS {
                     // SAFETY: what the mask leaves ends before j·n + 4n ≤ k·n ≤ x.len(), asserted above.
                     codes[v] = unsafe {
-                        let from = x.as_ptr().add(j * n + LANE_BYTES * (column + v * LANES_512));
+                        let from = x.as_ptr().add(j * n + QUAD * (column + v * LANES_512));
                         _mm512_maskz_loadu_epi32(mask, from.cast())
                     };
                 }
@@ -331,13 +326,6 @@ impl Avx512Vnni {
                     };
                     for v in 0..VECTORS {
                         sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], codes[v], four);
-                    }
-                }
-            }
-            if part == 0 {
-                for of_row in &mut sums {
-                    for sum in of_row {
-                        *sum = _mm512_slli_epi32::<7>(*sum);
                     }
                 }
             }
@@ -367,6 +355,9 @@ impl Avx512Vnni {
         assert!(a.len() >= (row + ROWS) * k && b.len() >= (column + COLUMNS) * k);
         let mut sums = [[_mm512_setzero_si512(); COLUMNS]; ROWS];
         for part in [0, DOT_STEP] {
+            for sum in sums.as_flattened_mut() {
+                *sum = _mm512_slli_epi32::<8>(*sum);
+            }
             for t in (0..k).step_by(DOT_STEP) {
                 let mut codes = [_mm512_setzero_si512(); COLUMNS];
                 for c in 0..COLUMNS {
@@ -380,14 +371,7 @@ impl Avx512Vnni {
                         _mm512_loadu_si512(row.add(part).cast())
                     };
                     for c in 0..COLUMNS {
-                        sums[r][c] = _mm512_dpbusd_epi32(sums[r][c], codes[c], factors);
-                    }
-                }
-            }
-            if part == 0 {
-                for of_row in &mut sums {
-                    for sum in of_row {
-                        *sum = _mm512_slli_epi32::<7>(*sum);
+                        sums[r][c] = _mm512_dpbusd_epi32(sums[r][c], factors, codes[c]);
                     }
                 }
             }
@@ -434,7 +418,7 @@ impl Avx512Vnni {
 impl MultiplyCodes for Avx512Vnni {
     #[inline(always)]
     fn order_columns(a: &mut [i16]) {
-        // SAFETY: the marker is named only inside functions that enable these features.
+        // SAFETY: the marker is named only where the CPU has these features.
         unsafe { Self::split_columns(a) }
     }
 

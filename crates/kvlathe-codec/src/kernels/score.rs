@@ -154,13 +154,14 @@ fn project<V: F32x8>(
     let most = most.largest();
     // A query that no column sees: any factor will do.
     let factor = if most > 0.0 { tables.largest_projected / most } else { 0.0 };
-    // Coefficients without a row in the last group meet codes that are zero.
     let n = tables.level_offsets.len() / LANES;
-    let (coefficients, projected) = (&coefficients[..n], &mut groups_mut(projected)[..n]);
+    let (products, row_units) = (&products[..n], &row_units[..n]);
+    let projected = &mut groups_mut(projected)[..n];
     let level_offsets = &groups(&tables.level_offsets)[..n];
     let (mut offset, factor, round) = (V::splat(0.0), V::splat(factor), V::splat(ROUND));
     for g in 0..n {
-        let integers = V::load(&coefficients[g]).mul(factor).add(round).sub(round);
+        let scaled = V::load_i32(&products[g]).mul(V::load(&row_units[g])).mul(factor);
+        let integers = scaled.add(round).sub(round);
         integers.store_i16(&mut projected[g]);
         offset = integers.mul_add(V::load(&level_offsets[g]), offset);
     }
