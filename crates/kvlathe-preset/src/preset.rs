@@ -28,8 +28,8 @@ pub struct Meta {
     pub n_layers: usize,
     /// *Query* heads; KV heads are counted by [`LatheMeta::n_kv_heads`].
     pub n_heads: usize,
-    /// Size of a 16-bit cache over the size of the compressed part, finite and above 0. A seed preset that
-    /// leaves it out gets `16 · head_dim / (8 · rank)`.
+    /// Of the shared bases alone, as the seed counts it: `16 · head_dim / (8 · rank)`, which is taken if it is left out;
+    /// finite and above 0. What the streams take is [`LatheMeta::bits_per_value`].
     pub compression_ratio: f64,
     /// What only kvlathe presets have; `None` marks a seed preset.
     pub lathe: Option<LatheMeta>,

@@ -217,15 +217,18 @@ def test_contents_that_are_refused(
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("command", ["verify", "eval", "needle"])
+@pytest.mark.parametrize("command", ["verify", "eval", "needle", "tune"])
 def test_commands_that_take_a_preset(
     tmp_path: Path, command: str, model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = _write(tmp_path, _CONTENTS["pickle"](tmp_path), "safetensors")
     text = tmp_path / "text.txt"
     text.write_text("Seven mice ran away.\n\n" * 500)
-    options = [str(path), "--text", str(text)] if command == "verify" else ["--preset", str(path)]
-    output = [] if command == "verify" else ["--output", str(tmp_path / "out.jsonl")]
+    options = {
+        "verify": [str(path), "--text", str(text)],
+        "tune": ["--calibrated", str(path), "--text", str(text), "--target-kld", "0.01"],
+    }.get(command, ["--preset", str(path)])
+    output = [] if command == "verify" else ["--output", str(tmp_path / "out.safetensors")]
     assert main([command, *options, "--model", str(model_folder), *output]) == 1
     assert "pickle, which kvlathe never opens" in capsys.readouterr().err
     assert not (tmp_path / "exploded").exists()
