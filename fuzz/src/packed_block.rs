@@ -13,10 +13,8 @@ use crate::source::{Source, Stream};
 const N_BLOCKS: usize = 2;
 /// What 16-bit integers are scaled to, as the kernels do it.
 const NORM: f64 = 32_700.0;
-/// The same for products of queries and columns.
-const LARGEST_PROJECTED: f64 = 16_256.0;
 /// Largest sum of integer weights, as the kernels have it.
-const LARGEST_SUM: f64 = 16.69e6;
+const LARGEST_SUM: f64 = 8.39e6;
 /// Relative error of a sum of some tens of float32 terms, with room.
 const FLOAT: f64 = 2e-5;
 
@@ -224,7 +222,7 @@ fn check_scores(stream: &Stream, blocks: &[&[u8]], first: i64, queries: &[f32], 
     let terms: f64 = columns.iter().map(|(norm, level)| norm * level).sum();
     let longest = columns.iter().fold(0.0f64, |most, (norm, _)| most.max(*norm));
     let levels: f64 = columns.iter().map(|(_, level)| level).sum();
-    let largest_projected = LARGEST_PROJECTED.min(2.14e9 / (2.0 * levels).max(1.0));
+    let largest_projected = NORM.min(2.14e9 / (2.0 * levels).max(1.0));
     let mean = norm((0..d).map(|j| tables.shape_mean()[j * n + n / 2]));
     // Of the drift's part only the query's rounding counts, beside float32.
     let drift = drift_size(tables);

@@ -7,9 +7,9 @@
 //! * **accumulation** with weights p: Σₜ pₜ·x̂ₜ = S·(Σₜ pₜγₜsₜ·uₜ + a·Σₜ pₜγₜ) + μ·Σₜ pₜγₜ. The bracket is what is summed,
 //!   over all blocks; S is applied once at the end. Values are not rotated, so their mean is one vector.
 //!
-//! Codes are bytes, and a level is its code and a constant, so the long products multiply bytes by integers: q and pₜγₜsₜ
-//! are rounded to 16 bits, Sᵀq to 15. The error of a score is below 10⁻⁴·‖q‖·‖x̂‖ where coded coefficients suffer about the
-//! same distortion, as calibrated ones do (below 10⁻³ in any case tried), that of a sum typically 2·10⁻⁵·Σ pₜ‖x̂ₜ‖, at most
+//! A level is its code, a byte, and a constant, so the long products multiply codes by integers: q, Sᵀq and pₜγₜsₜ are
+//! rounded to 16 bits. The error of a score is below 10⁻⁴·‖q‖·‖x̂‖ where coded coefficients suffer about the same distortion,
+//! as calibrated ones do (below 10⁻³ in any case tried), that of a sum typically 2·10⁻⁵·Σ pₜ‖x̂ₜ‖, at most
 //! max(pₜγₜsₜ)/65,400 for each level of each token: what the codes themselves leave out is a hundred times as much.
 
 use std::ops::Range;

@@ -7,7 +7,7 @@
 //! and the drift's, which is one number a block, stay in float32.
 
 use crate::basis::StreamTables;
-use crate::kernels::{LANES, LARGEST_PROJECTED};
+use crate::kernels::LANES;
 use crate::rope::{Pairing, Rope};
 use crate::width::Width;
 
@@ -58,7 +58,7 @@ impl QueryTables {
         let mut level_offsets: Vec<f32> = half_levels().map(|half| 0.5 - half as f32).collect();
         level_offsets.resize(tables.n_coded().next_multiple_of(LANES), 0.0);
         let sum_of_codes: usize = half_levels().map(|half| 2 * half - 1).sum();
-        let largest_projected = LARGEST_PROJECTED.min(2.14e9 / sum_of_codes.max(1) as f32);
+        let largest_projected = NORM.min(2.14e9 / sum_of_codes.max(1) as f32);
         Self { synthesis, column_units, row_units, level_offsets, mean, largest_projected, places }
     }
 

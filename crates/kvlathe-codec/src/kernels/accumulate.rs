@@ -1,11 +1,10 @@
 //! Weighted sums in the coefficient domain; see [`crate::attend`] for the formula.
 
 use super::Scratch;
-use super::codes::doubled_signed_offset;
 use super::f32x8::F32x8;
 use super::lanes::{LANES, groups, groups_mut};
 use super::multiply::Multiply;
-use super::multiply_codes::{DOT_STEP, LARGEST_WEIGHT};
+use super::multiply_codes::DOT_STEP;
 use super::product::dot;
 use super::side::{unpack_drift, unpack_sides};
 use crate::attend::CoefficientSums;
@@ -14,8 +13,10 @@ use crate::block::{Parts, row_bytes};
 
 /// Coefficients that are unpacked and summed together.
 pub(super) const TOGETHER: usize = 4;
-/// Σ weight · code stays below 2³¹ when the integer weights sum to less than this: 128 · 16.7 million.
-const LARGEST_SUM: f32 = 16.7e6;
+/// Σ weight · code stays below 2³¹ when the integer weights sum to less than this: 255 · 8.4 million.
+const LARGEST_SUM: f32 = 8.4e6;
+/// The largest weight is rounded to this.
+const LARGEST_WEIGHT: f32 = 32_700.0;
 
 /// As [`StreamTables::accumulate_blocks`].
 #[inline(always)]
@@ -63,7 +64,6 @@ pub(super) fn accumulate<M: Multiply>(
         units[q] = quantise::<M::F32x8>(weights, scales, integers);
         totals[q] = total(integers);
     }
-    M::order_rows(&mut weights_i16[..n_queries * stride]);
     let drift_sums = &mut drift_sums[..n_queries * n_padded];
     M::multiply(block_weights, drift, drift_sums, (n_blocks, n_padded));
     for q in 0..n_queries {
@@ -87,9 +87,9 @@ pub(super) fn accumulate<M: Multiply>(
         for q in 0..n_queries {
             let sums = &mut sums.sums[q * d + first..][..together];
             for i in 0..together {
-                let offset = doubled_signed_offset(tables.coefficients[first + i].width);
-                let doubled =
-                    2 * i64::from(dots[q * together + i]) + i64::from(offset) * i64::from(totals[q]);
+                // A level, doubled, is 2·code + 1 − 2^width.
+                let levels = 2 * tables.coefficients[first + i].width.half_levels() as i64;
+                let doubled = 2 * i64::from(dots[q * together + i]) + (1 - levels) * i64::from(totals[q]);
                 sums[i] = (doubled as f32).mul_add(units[q], sums[i]);
             }
         }

@@ -2,7 +2,6 @@
 //! there are no closures: the compiler would build them without the caller's instruction set.
 
 use super::Scratch;
-use super::codes::doubled_signed_offset;
 use super::f32x8::F32x8;
 use super::lanes::{LANES, groups, groups_mut, load, total};
 use super::multiply::Multiply;
@@ -186,9 +185,9 @@ pub(super) fn decode<M: Multiply>(tables: &StreamTables, packed: &[u8], scratch:
         let (width, codes) = (tables.coefficients[i].width, &mut row_codes[..n]);
         M::unpack_row_of_blocks(width, n, &[parts.rows], at, codes);
         at += row_bytes(width, n);
-        let offset = 0.5 * doubled_signed_offset(width) as f32;
+        let offset = 0.5 - width.half_levels() as f32;
         for t in 0..n {
-            z[t] = (f32::from(codes[t] as i8) + offset).mul_add(scales[t], drift);
+            z[t] = (f32::from(codes[t]) + offset).mul_add(scales[t], drift);
         }
     }
     M::multiply(&tables.synthesis, z, x, (d, n));

@@ -23,20 +23,10 @@ pub(super) trait UnpackCodes {
         unpack_quads(tables, rows, codes);
     }
 
-    /// One coefficient of several blocks to signed codes of consecutive tokens, those of width 8 less 128; `at` is where its
-    /// row begins in each block. See [`doubled_signed_offset`].
+    /// One coefficient of several blocks to codes of consecutive tokens; `at` is where its row begins in each block.
     #[inline(always)]
     fn unpack_row_of_blocks(width: Width, block_len: usize, blocks: &[&[u8]], at: usize, codes: &mut [u8]) {
         unpack_row_of_blocks(width, block_len, blocks, at, codes);
-    }
-}
-
-/// Twice what is added to a signed code to make it a level: a level is code + ½ − 2^width/2.
-#[inline(always)]
-pub(super) fn doubled_signed_offset(width: Width) -> i32 {
-    match width {
-        Width::W8 => 1,
-        _ => 1 - 2 * width.half_levels() as i32,
     }
 }
 
@@ -326,13 +316,6 @@ fn unpack_row_of<
         Width::W2 => each_block!(Width::W2),
         Width::W3 => each_block!(Width::W3),
         Width::W4 => each_block!(Width::W4),
-        Width::W8 => {
-            for b in 0..blocks.len() {
-                let (row, codes) = (first_bytes::<B8>(&blocks[b][at..]), &mut codes[b * B8..(b + 1) * B8]);
-                for t in 0..B8 {
-                    codes[t] = row[t] ^ 128;
-                }
-            }
-        }
+        Width::W8 => each_block!(Width::W8),
     }
 }

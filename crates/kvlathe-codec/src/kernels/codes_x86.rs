@@ -258,11 +258,7 @@ fn unpack_row_of_blocks(width: Width, blocks: &[&[u8]], at: usize, codes: &mut [
         Width::W2 => each_block!(Width::W2),
         Width::W3 => each_block!(Width::W3),
         Width::W4 => each_block!(Width::W4),
-        Width::W8 => {
-            for b in 0..blocks.len() {
-                store(_mm512_xor_si512(load(&blocks[b][at..], 0), _mm512_set1_epi8(i8::MIN)), codes, b * N);
-            }
-        }
+        Width::W8 => each_block!(Width::W8),
     }
 }
 

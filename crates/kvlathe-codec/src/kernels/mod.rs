@@ -34,7 +34,6 @@ mod softmax;
 mod tiles;
 
 pub(crate) use lanes::LANES;
-pub(crate) use multiply_codes::LARGEST_PROJECTED;
 
 pub use isa::{Isa, available_isas, best_isa};
 
@@ -82,15 +81,15 @@ pub struct Scratch {
     pub(crate) gains: Vec<f32>,
     pub(crate) scales: Vec<f32>,
     /// `[n_queries, tokens]`, tokens padded to [`multiply_codes::DOT_STEP`]: attention weights times gains and step factors,
-    /// rounded, in the order of [`multiply_codes::MultiplyCodes::order_rows`].
+    /// rounded.
     pub(crate) weights_i16: Vec<i16>,
     /// `[n_queries]`: what the unit of rounded numbers is worth, and what is added to a product with codes to make it one
     /// with levels.
     pub(crate) units: Vec<f32>,
     pub(crate) offsets: Vec<f32>,
-    /// `[n_queries]`: sums of `weights_i16` before they are ordered.
+    /// `[n_queries]`: sums of `weights_i16`.
     pub(crate) totals: Vec<i32>,
-    /// Signed codes of a few coefficients over many tokens.
+    /// Codes of a few coefficients over many tokens.
     pub(crate) row_codes: Vec<u8>,
 }
 

@@ -1,32 +1,19 @@
 //! The products of integers with codes, once these are bytes.
 
-/// Integers of [`MultiplyCodes::multiply_codes`] are at most ±this: they are then 128·h + l with h and l in eight bits,
-/// which is how the instructions for bytes take them.
-pub(crate) const LARGEST_PROJECTED: f32 = 16_256.0;
-
-/// Integers of [`MultiplyCodes::dot_codes`] are at least 0 and at most this: 256·h + l.
-pub(super) const LARGEST_WEIGHT: f32 = 32_700.0;
-
 /// Elements that [`MultiplyCodes::dot_codes`] takes at a time.
 pub(super) const DOT_STEP: usize = 64;
 
 /// Products with codes on one instruction set; integers are exact, so all give the same bits.
-///
-/// Each wants its integers in an order of its own, which [`MultiplyCodes::order_columns`] and
-/// [`MultiplyCodes::order_rows`] bring about in place.
 pub(super) trait MultiplyCodes {
-    /// Makes rows of integers ready for [`MultiplyCodes::multiply_codes`]; their length is a multiple of eight.
+    /// Puts rows of integers into the order that this set's [`MultiplyCodes::multiply_codes`] wants them in; their length is a
+    /// multiple of eight.
     fn order_columns(a: &mut [i16]);
 
     /// out[m, n] = a[m, k] · x, with x as `[k/4, n, 4]`: four rows of codes lie interleaved. The rows of `a`, ordered, begin
     /// `a_stride`, a multiple of eight, apart; k is a multiple of four, n one of eight.
     fn multiply_codes(a: &[i16], a_stride: usize, x: &[u8], out: &mut [i32], shape: (usize, usize));
 
-    /// Makes rows of integers ready for [`MultiplyCodes::dot_codes`]; their length is a multiple of [`DOT_STEP`].
-    fn order_rows(a: &mut [i16]);
-
-    /// out[m, n] = a[m, k] · b[n, k]ᵀ with ordered rows of `a`, at least 0, and signed codes in `b`; `shape` is (k, n), k a
-    /// multiple of [`DOT_STEP`].
+    /// out[m, n] = a[m, k] · b[n, k]ᵀ; `shape` is (k, n), k a multiple of [`DOT_STEP`].
     fn dot_codes(a: &[i16], b: &[u8], out: &mut [i32], shape: (usize, usize));
 }
 
@@ -78,9 +65,6 @@ impl MultiplyCodes for super::multiply::Portable {
     }
 
     #[inline(always)]
-    fn order_rows(_: &mut [i16]) {}
-
-    #[inline(always)]
     fn dot_codes(a: &[i16], b: &[u8], out: &mut [i32], (k, n): (usize, usize)) {
         let m = check_rows(a, b, out, (k, n));
         for i in 0..m {
@@ -88,7 +72,7 @@ impl MultiplyCodes for super::multiply::Portable {
                 let (a, b) = (&a[i * k..(i + 1) * k], &b[j * k..(j + 1) * k]);
                 let mut sum = 0;
                 for t in 0..k {
-                    sum += i32::from(a[t]) * i32::from(b[t] as i8);
+                    sum += i32::from(a[t]) * i32::from(b[t]);
                 }
                 out[i * n + j] = sum;
             }
@@ -103,23 +87,25 @@ mod tests {
     use super::*;
     use crate::kernels::{Isa, available_isas};
 
+    /// What integers in 16 bits are scaled to.
+    const LARGEST: f32 = 32_700.0;
+
     fn hash(i: usize, seed: u32) -> u32 {
         (i as u32 * 8 + seed).wrapping_mul(0x9e37_79b9).rotate_left(13)
     }
 
-    /// Integers of up to ±`largest`, the extremes and what rounds up to the next 128 among them.
+    /// Integers of up to ±`largest`, the extremes among them.
     fn integers(n: usize, largest: i32, seed: u32) -> Vec<i16> {
         (0..n)
             .map(|i| match hash(i, seed) {
                 hash if hash % 5 == 0 => largest as i16,
                 hash if hash % 5 == 1 => -largest as i16,
-                hash if hash % 5 == 2 => (hash as i32 / 5 % (largest / 128) * 128 + 64) as i16,
                 hash => (hash as i32 % largest) as i16,
             })
             .collect()
     }
 
-    /// Codes, the largest among them, with a sign and without.
+    /// Codes, the largest among them.
     fn codes(n: usize, seed: u32) -> Vec<u8> {
         (0..n)
             .map(
@@ -139,7 +125,7 @@ mod tests {
         for m in (1..=9).chain([17]) {
             for (k, n) in [(4, 8), (32, 8), (64, 16), (92, 24), (64, 40), (36, 64)] {
                 let (stride, case) = ((k + 4usize).next_multiple_of(8), format!("{name} m={m} k={k} n={n}"));
-                let (a, x) = (integers(m * stride, LARGEST_PROJECTED as i32, 1), codes(k * n, 2));
+                let (a, x) = (integers(m * stride, LARGEST as i32, 1), codes(k * n, 2));
                 let [mut ours, mut portable] = [(); 2].map(|()| vec![7; m * n]);
                 Portable::multiply_codes(&a, stride, &x, &mut portable, (k, n));
                 let mut ordered = a.clone();
@@ -149,15 +135,12 @@ mod tests {
             }
             for (k, n) in [(64, 1), (64, 2), (128, 3), (192, 4), (64, 7), (1024, 5)] {
                 // No sum may exceed 32 bits, as the callers see to it.
-                let largest = LARGEST_WEIGHT.min(8.4e6 / k as f32) as i32;
+                let largest = LARGEST.min(8.4e6 / k as f32) as i32;
                 let case = format!("{name} m={m} k={k} n={n}");
-                let a: Vec<i16> = integers(m * k, largest, 5).iter().map(|v| v.abs()).collect();
-                let b = codes(n * k, 6);
+                let (a, b) = (integers(m * k, largest, 5), codes(n * k, 6));
                 let [mut ours, mut portable] = [(); 2].map(|()| vec![7; m * n]);
                 Portable::dot_codes(&a, &b, &mut portable, (k, n));
-                let mut ordered = a.clone();
-                M::order_rows(&mut ordered);
-                M::dot_codes(&ordered, &b, &mut ours, (k, n));
+                M::dot_codes(&a, &b, &mut ours, (k, n));
                 assert_eq!(ours, portable, "dot_codes {case}");
             }
         }

@@ -33,13 +33,6 @@ fn widened(codes: uint8x8_t) -> int16x8_t {
     vreinterpretq_s16_u16(vmovl_u8(codes))
 }
 
-/// Eight signed codes as 16-bit integers.
-#[target_feature(enable = "neon")]
-#[inline]
-fn widened_signed(codes: uint8x8_t) -> int16x8_t {
-    vmovl_s8(vreinterpret_s8_u8(codes))
-}
-
 impl Neon {
     /// `ROWS` rows × `OCTETS` times eight columns from (row, column) on.
     #[target_feature(enable = "neon")]
@@ -105,7 +98,7 @@ impl Neon {
             let mut codes = [vdupq_n_s16(0); COLUMNS];
             for c in 0..COLUMNS {
                 // SAFETY: (column + c)·k + t + 8 ≤ (column + COLUMNS)·k ≤ b.len(), as 8 divides k.
-                codes[c] = widened_signed(unsafe { vld1_u8(b.as_ptr().add((column + c) * k + t)) });
+                codes[c] = widened(unsafe { vld1_u8(b.as_ptr().add((column + c) * k + t)) });
             }
             for r in 0..ROWS {
                 // SAFETY: (row + r)·k + t + 8 ≤ (row + ROWS)·k ≤ a.len(), likewise.
@@ -161,9 +154,6 @@ impl MultiplyCodes for Neon {
         // SAFETY: every aarch64 CPU has NEON.
         unsafe { Self::all_quads(a, a_stride, x, out, shape) }
     }
-
-    #[inline(always)]
-    fn order_rows(_: &mut [i16]) {}
 
     #[inline(always)]
     fn dot_codes(a: &[i16], b: &[u8], out: &mut [i32], shape: (usize, usize)) {

@@ -1,7 +1,4 @@
-//! [`MultiplyCodes`] for AVX2, AVX-512 and AVX-512 with VNNI.
-//!
-//! With VNNI bytes are multiplied by bytes, of which one has a sign: an integer is 128·h + l or, where codes have the sign,
-//! 256·h + l; the sums of h's products are shifted and those of l's added. Without it codes become 16-bit integers on the way.
+//! [`MultiplyCodes`] for AVX2, AVX-512 and AVX-512 with VNNI: codes become 16-bit integers on the way.
 
 use std::arch::x86_64::*;
 
@@ -10,7 +7,7 @@ use super::multiply_codes::{DOT_STEP, MultiplyCodes, check_columns, check_rows};
 use super::multiply_x86::{Avx2, Avx512, Avx512Vnni, int_total_256, pair_sum_256, pair_sum_512};
 use super::tiles::for_tiles;
 
-/// Defines the tiles and the loops over them for one vector type without VNNI.
+/// Defines the tiles and the loops over them for one instruction set.
 macro_rules! tiled_multiply_codes {
     ($marker:ident, $features:literal, $lanes:literal, $int:ty, $zero:ident, $load:ident, $store:ident, $splat:ident,
      $low_bytes:expr, $high_bytes:ident, $widened:expr, $pair_sum:ident, $total:ident,
@@ -147,9 +144,6 @@ macro_rules! tiled_multiply_codes {
             }
 
             #[inline(always)]
-            fn order_rows(_: &mut [i16]) {}
-
-            #[inline(always)]
             fn dot_codes(a: &[i16], b: &[u8], out: &mut [i32], shape: (usize, usize)) {
                 // SAFETY: as above.
                 unsafe { Self::all_code_dots(a, b, out, shape) }
@@ -186,7 +180,7 @@ fn low_bytes_512(codes: __m512i) -> __m512i {
     _mm512_and_si512(codes, _mm512_set1_epi16(255))
 }
 
-/// Sixteen signed bytes as 16-bit integers.
+/// Sixteen bytes as 16-bit integers.
 ///
 /// # Safety
 /// `from` points to sixteen bytes.
@@ -194,7 +188,7 @@ fn low_bytes_512(codes: __m512i) -> __m512i {
 #[inline]
 unsafe fn widened_256(from: *const u8) -> __m256i {
     // SAFETY: the caller's promise.
-    _mm256_cvtepi8_epi16(unsafe { _mm_loadu_si128(from.cast()) })
+    _mm256_cvtepu8_epi16(unsafe { _mm_loadu_si128(from.cast()) })
 }
 
 /// As [`widened_256`], of 32 bytes.
@@ -205,7 +199,7 @@ unsafe fn widened_256(from: *const u8) -> __m256i {
 #[inline]
 unsafe fn widened_512(from: *const u8) -> __m512i {
     // SAFETY: the caller's promise.
-    _mm512_cvtepi8_epi16(unsafe { _mm256_loadu_si256(from.cast()) })
+    _mm512_cvtepu8_epi16(unsafe { _mm256_loadu_si256(from.cast()) })
 }
 
 tiled_multiply_codes!(
@@ -246,197 +240,22 @@ tiled_multiply_codes!(
     4,
     [3, 2, 1]
 );
-
-/// Lanes of a vector.
-const LANES_512: usize = 16;
-/// Integers that [`Avx512Vnni`] splits together for products with columns.
-const SPLIT: usize = 8;
-
-impl Avx512Vnni {
-    /// Eight integers become their h, then their l.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    #[inline]
-    fn split_columns(a: &mut [i16]) {
-        for run in a.as_chunks_mut::<SPLIT>().0 {
-            // SAFETY: sixteen bytes are read and written.
-            unsafe {
-                let value = _mm_loadu_si128(run.as_ptr().cast());
-                let high = _mm_srai_epi16::<7>(_mm_add_epi16(value, _mm_set1_epi16(64)));
-                let low = _mm_sub_epi16(value, _mm_slli_epi16::<7>(high));
-                _mm_storeu_si128(run.as_mut_ptr().cast(), _mm_packs_epi16(high, low));
-            }
-        }
-    }
-
-    /// Of [`DOT_STEP`] integers all h, then all l.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    #[inline]
-    fn split_rows(a: &mut [i16]) {
-        for run in a.as_chunks_mut::<DOT_STEP>().0 {
-            let mut parts = [_mm256_setzero_si256(); 4];
-            for half in 0..2 {
-                // SAFETY: half·32 + 32 ≤ 64 integers.
-                let value = unsafe { _mm512_loadu_si512(run.as_ptr().add(half * 32).cast()) };
-                parts[half] = _mm512_cvtepi16_epi8(_mm512_srli_epi16::<8>(value));
-                parts[2 + half] = _mm512_cvtepi16_epi8(value);
-            }
-            for (i, part) in parts.into_iter().enumerate() {
-                // SAFETY: i·16 + 16 ≤ 64 integers of two bytes.
-                unsafe { _mm256_storeu_si256(run.as_mut_ptr().add(i * 16).cast(), part) };
-            }
-        }
-    }
-
-    /// `ROWS` rows × `VECTORS` vectors, of which `lanes` lanes are used, from (row, column) on.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    #[inline]
-    fn quad_tile<const ROWS: usize, const VECTORS: usize>(
-        a: &[i16],
-        a_stride: usize,
-        x: &[u8],
-        out: &mut [i32],
-        (row, column, lanes): (usize, usize, usize),
-        (k, n): (usize, usize),
-    ) {
-        assert!(lanes <= LANES_512 && column + (VECTORS - 1) * LANES_512 + lanes <= n);
-        assert!(k <= a_stride && k % 4 == 0 && a_stride % SPLIT == 0);
-        assert!(x.len() >= k * n && a.len() >= (row + ROWS) * a_stride && out.len() >= (row + ROWS) * n);
-        let mask = ((1u32 << lanes) - 1) as __mmask16;
-        let mut sums = [[_mm512_setzero_si512(); VECTORS]; ROWS];
-        // Bytes from a run's beginning to its h, then to its l.
-        for part in [0, SPLIT] {
-            for sum in sums.as_flattened_mut() {
-                *sum = _mm512_slli_epi32::<7>(*sum);
-            }
-            for j in (0..k).step_by(4) {
-                let mut codes = [_mm512_setzero_si512(); VECTORS];
-                for v in 0..VECTORS {
-                    // SAFETY: what the mask leaves ends before j·n + 4n ≤ k·n ≤ x.len(), asserted above.
-                    codes[v] = unsafe {
-                        let from = x.as_ptr().add(j * n + QUAD * (column + v * LANES_512));
-                        _mm512_maskz_loadu_epi32(mask, from.cast())
-                    };
-                }
-                let at = 2 * (j / SPLIT * SPLIT) + part + j % SPLIT;
-                for r in 0..ROWS {
-                    // SAFETY: at + 4 ≤ 2·a_stride bytes of a row, and row + r is one of a's.
-                    let four = unsafe {
-                        let row = a.as_ptr().add((row + r) * a_stride).cast::<u8>();
-                        _mm512_set1_epi32(row.add(at).cast::<i32>().read_unaligned())
-                    };
-                    for v in 0..VECTORS {
-                        sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], codes[v], four);
-                    }
-                }
-            }
-        }
-        for r in 0..ROWS {
-            for v in 0..VECTORS {
-                // SAFETY: what the mask leaves ends before (row + r + 1)·n ≤ out.len(), asserted above.
-                unsafe {
-                    let to = out.as_mut_ptr().add((row + r) * n + column + v * LANES_512);
-                    _mm512_mask_storeu_epi32(to, mask, sums[r][v]);
-                }
-            }
-        }
-    }
-
-    /// Dot products of `ROWS` rows of `a` with `COLUMNS` rows of `b`.
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    #[inline]
-    fn code_dot_tile<const ROWS: usize, const COLUMNS: usize>(
-        a: &[i16],
-        b: &[u8],
-        out: &mut [i32],
-        (row, column): (usize, usize),
-        (k, n): (usize, usize),
-    ) {
-        assert!(k % DOT_STEP == 0 && column + COLUMNS <= n && out.len() >= (row + ROWS) * n);
-        assert!(a.len() >= (row + ROWS) * k && b.len() >= (column + COLUMNS) * k);
-        let mut sums = [[_mm512_setzero_si512(); COLUMNS]; ROWS];
-        for part in [0, DOT_STEP] {
-            for sum in sums.as_flattened_mut() {
-                *sum = _mm512_slli_epi32::<8>(*sum);
-            }
-            for t in (0..k).step_by(DOT_STEP) {
-                let mut codes = [_mm512_setzero_si512(); COLUMNS];
-                for c in 0..COLUMNS {
-                    // SAFETY: (column + c)·k + t + 64 ≤ (column + COLUMNS)·k ≤ b.len(), as 64 divides k.
-                    codes[c] = unsafe { _mm512_loadu_si512(b.as_ptr().add((column + c) * k + t).cast()) };
-                }
-                for r in 0..ROWS {
-                    // SAFETY: 2·((row + r)·k + t) + part + 64 ≤ 2·(row + ROWS)·k bytes.
-                    let factors = unsafe {
-                        let row = a.as_ptr().add((row + r) * k + t).cast::<u8>();
-                        _mm512_loadu_si512(row.add(part).cast())
-                    };
-                    for c in 0..COLUMNS {
-                        sums[r][c] = _mm512_dpbusd_epi32(sums[r][c], factors, codes[c]);
-                    }
-                }
-            }
-        }
-        for r in 0..ROWS {
-            for c in 0..COLUMNS {
-                out[(row + r) * n + column + c] = _mm512_reduce_add_epi32(sums[r][c]);
-            }
-        }
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    #[inline]
-    fn all_quads(a: &[i16], a_stride: usize, x: &[u8], out: &mut [i32], shape: (usize, usize)) {
-        let m = check_columns(a, a_stride, x, out, shape);
-        let done = for_tiles!(
-            quad_tile,
-            (m, shape.1),
-            (8, [7, 6, 5, 4, 3, 2, 1]),
-            (2, LANES_512),
-            |row, column| (a, a_stride, x, out, (row, column, LANES_512), shape)
-        );
-        // A block of eight tokens: half a vector.
-        let (rows, lanes) = if done < shape.1 { (m, shape.1 - done) } else { (0, 0) };
-        for row in 0..rows {
-            Self::quad_tile::<1, 1>(a, a_stride, x, out, (row, done, lanes), shape);
-        }
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    #[inline]
-    fn all_code_dots(a: &[i16], b: &[u8], out: &mut [i32], shape: (usize, usize)) {
-        let m = check_rows(a, b, out, shape);
-        for_tiles!(code_dot_tile, (m, shape.1), (4, [3, 2, 1]), (4, 1), |row, column| (
-            a,
-            b,
-            out,
-            (row, column),
-            shape
-        ));
-    }
-}
-
-impl MultiplyCodes for Avx512Vnni {
-    #[inline(always)]
-    fn order_columns(a: &mut [i16]) {
-        // SAFETY: the marker is named only where the CPU has these features.
-        unsafe { Self::split_columns(a) }
-    }
-
-    #[inline(always)]
-    fn multiply_codes(a: &[i16], a_stride: usize, x: &[u8], out: &mut [i32], shape: (usize, usize)) {
-        // SAFETY: as above.
-        unsafe { Self::all_quads(a, a_stride, x, out, shape) }
-    }
-
-    #[inline(always)]
-    fn order_rows(a: &mut [i16]) {
-        // SAFETY: as above.
-        unsafe { Self::split_rows(a) }
-    }
-
-    #[inline(always)]
-    fn dot_codes(a: &[i16], b: &[u8], out: &mut [i32], shape: (usize, usize)) {
-        // SAFETY: as above.
-        unsafe { Self::all_code_dots(a, b, out, shape) }
-    }
-}
+tiled_multiply_codes!(
+    Avx512Vnni,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma",
+    16,
+    __m512i,
+    _mm512_setzero_si512,
+    _mm512_loadu_si512,
+    _mm512_storeu_si512,
+    _mm512_set1_epi32,
+    low_bytes_512,
+    _mm512_srli_epi16,
+    widened_512,
+    _mm512_dpwssd_epi32,
+    _mm512_reduce_add_epi32,
+    8,
+    [7, 6, 5, 4, 3, 2, 1],
+    4,
+    [3, 2, 1]
+);

@@ -277,7 +277,7 @@ tiled_multiply!(
 );
 tiled_multiply!(
     Avx512Vnni,
-    "AVX-512 with VNNI, which multiplies and adds pairs of integers, or quads of bytes, in one instruction.",
+    "AVX-512 with VNNI, which multiplies and adds pairs of integers in one instruction.",
     "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma",
     16,
     __m512,
