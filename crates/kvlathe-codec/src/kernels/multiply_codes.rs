@@ -110,7 +110,7 @@ mod tests {
         (0..n)
             .map(
                 |i| {
-                    if hash(i, seed) % 3 == 0 {
+                    if hash(i, seed).is_multiple_of(3) {
                         127 + (i % 2) as u8 * 128
                     } else {
                         (hash(i, seed) >> 8) as u8

@@ -32,9 +32,9 @@ macro_rules! tiled_multiply_codes {
                     let mut even: [$int; VECTORS] = [$zero(); VECTORS];
                     let mut odd: [$int; VECTORS] = [$zero(); VECTORS];
                     for v in 0..VECTORS {
+                        let at = j * n + QUAD * (column + v * $lanes);
                         // SAFETY: j·n + 4·(column + VECTORS·lanes) ≤ k·n ≤ x.len(), asserted above.
-                        let codes =
-                            unsafe { $load(x.as_ptr().add(j * n + QUAD * (column + v * $lanes)).cast()) };
+                        let codes = unsafe { $load(x.as_ptr().add(at).cast()) };
                         even[v] = $low_bytes(codes);
                         odd[v] = $high_bytes::<8>(codes);
                     }
