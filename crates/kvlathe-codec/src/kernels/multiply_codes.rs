@@ -108,15 +108,10 @@ mod tests {
     /// Codes, the largest among them.
     fn codes(n: usize, seed: u32) -> Vec<u8> {
         (0..n)
-            .map(
-                |i| {
-                    if hash(i, seed).is_multiple_of(3) {
-                        127 + (i % 2) as u8 * 128
-                    } else {
-                        (hash(i, seed) >> 8) as u8
-                    }
-                },
-            )
+            .map(|i| match hash(i, seed) {
+                hash if hash % 3 == 0 => 255,
+                hash => (hash >> 8) as u8,
+            })
             .collect()
     }
 
