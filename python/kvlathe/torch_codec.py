@@ -22,7 +22,7 @@ _GAIN_CODE_OF_ONE = 2048
 _MOST_GAIN_CODE = 4095
 _MOST_FALL = 14
 _FALL_OF_ZERO = 15
-_HEAD_BYTES = 2
+_HEADER_BYTES = 2
 _DRIFT_HALF = 8  # levels of drift go from -8 to 7
 _DRIFT_STEP = 0.1875  # of a standard deviation
 _DRIFT_REACH = 4.0  # standard deviations that a token may add to its block's drift
@@ -57,7 +57,7 @@ class TorchStreamCodec:
     def __init__(self, codec: StreamSetCodec, device: torch.device) -> None:
         self.block_len, self.head_dim = codec.block_len, codec.head_dim
         self.block_bytes = codec.block_bytes
-        self._drift_at = _HEAD_BYTES + self.block_len
+        self._drift_at = _HEADER_BYTES + self.block_len
         self._rows_at = self._drift_at + (self.head_dim + 1) // 2
         self._device = device
         self._heads = [self._load(codec, head) for head in range(codec.n_heads)]
@@ -139,7 +139,7 @@ class TorchStreamCodec:
         return torch.cat([packed_header, side, _pack_drift(drift), *rows], dim=-1)
 
     def _choose_gains(self, mean_square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A block's head [..., 2], its tokens' falls [..., block_len], and the gains γ̂ that these stand for."""
+        """A block's header [..., 2], its tokens' falls [..., block_len], and the gains γ̂ that these stand for."""
         # In float32 on the device; a gain code may differ by one from the native one at a border, which is no error.
         log_gain = mean_square.log2() * (_GAIN_CODES_PER_OCTAVE / 2)
         codes = (log_gain.round() + _GAIN_CODE_OF_ONE).clamp(0, _MOST_GAIN_CODE)
@@ -205,7 +205,10 @@ class TorchStreamCodec:
 
     def _decode_head(self, head: _Head, packed: Tensor) -> Tensor:
         n = self.block_len
-        stated, side = packed[..., :_HEAD_BYTES].to(torch.int64), packed[..., _HEAD_BYTES : self._drift_at]
+        stated, side = (
+            packed[..., :_HEADER_BYTES].to(torch.int64),
+            packed[..., _HEADER_BYTES : self._drift_at],
+        )
         stated, side = stated[..., :1] | (stated[..., 1:] << 8), side.to(torch.int64)
         gain, scale = self._gain(stated & 4095, stated >> 12, side & 15), self._scales[side >> 4]
         drift = _unpack_drift(packed[..., self._drift_at : self._rows_at], self.head_dim)

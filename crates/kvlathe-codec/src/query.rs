@@ -24,7 +24,7 @@ pub(crate) struct QueryTables {
     pub(crate) column_units: Vec<f32>,
     /// `[n_padded]`: the same, and zero for coefficients without a row of codes.
     pub(crate) row_units: Vec<f32>,
-    /// (1 − 2^width)/2, what is added to a code to make it a level; of coefficients with a row of codes, padded with zeros
+    /// [`Width::level_offset`] of coefficients with a row of codes, padded with zeros
     /// to whole groups of lanes.
     pub(crate) level_offsets: Vec<f32>,
     /// The mean's part of scores.
@@ -54,10 +54,10 @@ impl QueryTables {
         column_units.resize(n_padded, 0.0);
         let mut row_units = column_units.clone();
         row_units[tables.n_coded()..].fill(0.0);
-        let half_levels = || tables.widths().take(tables.n_coded()).map(Width::half_levels);
-        let mut level_offsets: Vec<f32> = half_levels().map(|half| 0.5 - half as f32).collect();
+        let coded = || tables.widths().take(tables.n_coded());
+        let mut level_offsets: Vec<f32> = coded().map(Width::level_offset).collect();
         level_offsets.resize(tables.n_coded().next_multiple_of(LANES), 0.0);
-        let sum_of_codes: usize = half_levels().map(|half| 2 * half - 1).sum();
+        let sum_of_codes: usize = coded().map(|width| 2 * width.half_levels() - 1).sum();
         let largest_projected = NORM.min(2.14e9 / sum_of_codes.max(1) as f32);
         Self { synthesis, column_units, row_units, level_offsets, mean, largest_projected, places }
     }

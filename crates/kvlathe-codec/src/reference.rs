@@ -22,7 +22,7 @@ fn quantise(z: f32, scale: f32, width: Width) -> u8 {
 
 /// The level a code stands for, in steps before scaling: the middle of its interval.
 fn level(code: u8, width: Width) -> f32 {
-    f32::from(code) + (0.5 - width.half_levels() as f32)
+    f32::from(code) + width.level_offset()
 }
 
 /// The first guard code under which no coefficient clips (the last one if none).

@@ -36,6 +36,12 @@ impl Width {
         if matches!(self, Self::W0) { 0 } else { 1 << (self as usize - 1) }
     }
 
+    /// What is added to a code to make it a level: ½ − 2^width/2.
+    #[must_use]
+    pub const fn level_offset(self) -> f32 {
+        0.5 - self.half_levels() as f32
+    }
+
     /// Step of the uniform mid-rise quantiser that has the least squared error for a unit Gaussian
     /// (Max, "Quantizing for minimum distortion", 1960; table II). The step of a coefficient is this times its
     /// standard deviation. A coefficient that is not stored is counted in standard deviations.

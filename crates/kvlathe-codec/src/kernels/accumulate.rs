@@ -87,10 +87,9 @@ pub(super) fn accumulate<M: Multiply>(
         for q in 0..n_queries {
             let sums = &mut sums.sums[q * d + first..][..together];
             for i in 0..together {
-                // A level, doubled, is 2·code + 1 − 2^width.
-                let levels = 2 * tables.coefficients[first + i].width.half_levels() as i64;
-                let doubled = 2 * i64::from(dots[q * together + i]) + (1 - levels) * i64::from(totals[q]);
-                sums[i] = (doubled as f32).mul_add(units[q], sums[i]);
+                let offset = f64::from(tables.coefficients[first + i].width.level_offset());
+                let levels = f64::from(dots[q * together + i]) + offset * f64::from(totals[q]);
+                sums[i] = (levels as f32).mul_add(units[q], sums[i]);
             }
         }
     }
@@ -106,7 +105,7 @@ fn total(integers: &[i16]) -> i32 {
     sum
 }
 
-/// Rounds weightₜ·scaleₜ to integers; returns what one of (integer · doubled level) is worth.
+/// Rounds weightₜ·scaleₜ to integers; returns what one of (integer · level) is worth.
 #[inline(always)]
 fn quantise<V: F32x8>(weights: &[f32], scales: &[f32], integers: &mut [i16]) -> f32 {
     let (mut most, mut sums) = (V::splat(0.0), V::splat(0.0));
@@ -133,7 +132,7 @@ fn quantise<V: F32x8>(weights: &[f32], scales: &[f32], integers: &mut [i16]) -> 
         let scaled = V::load(&weights[g]).mul(V::load(&scales[g]));
         scaled.mul(V::splat(factor)).store_i16(&mut integers[g]);
     }
-    0.5 / factor
+    1.0 / factor
 }
 
 /// As [`StreamTables::finish_sums`].

@@ -185,7 +185,7 @@ pub(super) fn decode<M: Multiply>(tables: &StreamTables, packed: &[u8], scratch:
         let (width, codes) = (tables.coefficients[i].width, &mut row_codes[..n]);
         M::unpack_row_of_blocks(width, n, &[parts.rows], at, codes);
         at += row_bytes(width, n);
-        let offset = 0.5 - width.half_levels() as f32;
+        let offset = width.level_offset();
         for t in 0..n {
             z[t] = (f32::from(codes[t]) + offset).mul_add(scales[t], drift);
         }

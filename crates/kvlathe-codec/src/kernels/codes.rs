@@ -30,6 +30,10 @@ pub(super) trait UnpackCodes {
     }
 }
 
+impl UnpackCodes for super::multiply::Portable {}
+#[cfg(target_arch = "aarch64")]
+impl UnpackCodes for super::multiply_neon::Neon {}
+
 /// Calls a function for the block length: its parameters are the bytes of a row of width 1, 2, 4 and 8, and of two and
 /// four of 8.
 macro_rules! for_block_len {

@@ -62,8 +62,6 @@ pub(super) fn check_pairs(
 /// No more than the build's target guarantees; what the others are tested against.
 pub(super) struct Portable;
 
-impl UnpackCodes for Portable {}
-
 impl Multiply for Portable {
     type F32x8 = [f32; 8];
 
@@ -136,6 +134,11 @@ mod tests {
         integers(n, 32_700, seed).into_iter().map(|v| f32::from(v) * 0.37).collect()
     }
 
+    /// Codes, the largest among them.
+    fn codes(n: usize, seed: u32) -> Vec<u8> {
+        integers(n, 255, seed).into_iter().map(|v| v.unsigned_abs() as u8).collect()
+    }
+
     /// Every height and width of tiles, and some more rows and columns than asked for.
     fn agrees_with_portable<M: Multiply>(name: &str) {
         for m in (1..=9).chain([17]) {
@@ -148,6 +151,25 @@ mod tests {
                 M::multiply_i16(&a, stride, &x, &mut ours, (k, n));
                 Portable::multiply_i16(&a, stride, &x, &mut portable, (k, n));
                 assert_eq!(ours, portable, "multiply_i16 {case}");
+            }
+            for (k, n) in [(4, 8), (32, 8), (64, 16), (92, 24), (64, 40), (36, 64)] {
+                let (stride, case) = ((k + 4usize).next_multiple_of(8), format!("{name} m={m} k={k} n={n}"));
+                let (mut a, x) = (integers(m * stride, 32_700, 1), codes(k * n, 2));
+                let [mut ours, mut portable] = [(); 2].map(|()| vec![7; m * n]);
+                Portable::multiply_codes(&a, stride, &x, &mut portable, (k, n));
+                M::order_columns(&mut a);
+                M::multiply_codes(&a, stride, &x, &mut ours, (k, n));
+                assert_eq!(ours, portable, "multiply_codes {case}");
+            }
+            for (k, n) in [(64, 1), (64, 2), (128, 3), (192, 4), (64, 7), (1024, 5)] {
+                // Again no sum may exceed 32 bits.
+                let largest = 32_700.min(8_400_000 / k as i32);
+                let case = format!("{name} m={m} k={k} n={n}");
+                let (a, b) = (integers(m * k, largest, 5), codes(n * k, 6));
+                let [mut ours, mut portable] = [(); 2].map(|()| vec![7; m * n]);
+                M::dot_codes(&a, &b, &mut ours, (k, n));
+                Portable::dot_codes(&a, &b, &mut portable, (k, n));
+                assert_eq!(ours, portable, "dot_codes {case}");
             }
             // Odd k among them: of the drift, k is the number of blocks.
             for (k, n) in [(1, 8), (3, 40), (32, 8), (64, 16), (96, 24), (64, 40), (32, 64)] {

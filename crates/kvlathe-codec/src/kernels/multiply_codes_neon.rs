@@ -2,7 +2,7 @@
 
 use std::arch::aarch64::*;
 
-use super::codes::UnpackCodes;
+use super::codes::QUAD;
 use super::lanes::LANES;
 use super::multiply_codes::{DOT_STEP, MultiplyCodes, check_columns, check_rows};
 use super::multiply_neon::{Neon, Octet};
@@ -50,12 +50,12 @@ impl Neon {
         assert!(out.len() >= (row + ROWS) * n);
         let zero: Octet<int32x4_t> = [vdupq_n_s32(0); 2];
         let mut sums = [[zero; OCTETS]; ROWS];
-        for j in (0..k).step_by(4) {
-            let mut codes = [[vdupq_n_s16(0); 4]; OCTETS];
+        for j in (0..k).step_by(QUAD) {
+            let mut codes = [[vdupq_n_s16(0); QUAD]; OCTETS];
             for v in 0..OCTETS {
+                let at = j * n + QUAD * (column + v * LANES);
                 // SAFETY: j·n + 4·(column + OCTETS·8) ≤ k·n ≤ x.len(), asserted above.
-                let uint8x8x4_t(c0, c1, c2, c3) =
-                    unsafe { vld4_u8(x.as_ptr().add(j * n + 4 * (column + v * LANES))) };
+                let uint8x8x4_t(c0, c1, c2, c3) = unsafe { vld4_u8(x.as_ptr().add(at)) };
                 codes[v] = [widened(c0), widened(c1), widened(c2), widened(c3)];
             }
             for r in 0..ROWS {
@@ -142,8 +142,6 @@ impl Neon {
         ));
     }
 }
-
-impl UnpackCodes for Neon {}
 
 impl MultiplyCodes for Neon {
     #[inline(always)]

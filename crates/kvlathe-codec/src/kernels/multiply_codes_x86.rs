@@ -28,7 +28,7 @@ macro_rules! tiled_multiply_codes {
                 assert!(x.len() >= k * n && a.len() >= (row + ROWS - 1) * a_stride + k);
                 assert!(out.len() >= (row + ROWS) * n);
                 let mut sums: [[$int; VECTORS]; ROWS] = [[$zero(); VECTORS]; ROWS];
-                for j in (0..k).step_by(4) {
+                for j in (0..k).step_by(QUAD) {
                     let mut even: [$int; VECTORS] = [$zero(); VECTORS];
                     let mut odd: [$int; VECTORS] = [$zero(); VECTORS];
                     for v in 0..VECTORS {

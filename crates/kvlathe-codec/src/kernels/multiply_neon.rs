@@ -97,9 +97,9 @@ impl Neon {
                 values[v] = unsafe { vld2q_s16(x.as_ptr().add(2 * (j * n + column + v * LANES))) };
             }
             for r in 0..ROWS {
+                let at = (row + r) * a_stride + 2 * j;
                 // SAFETY: (row + r)·a_stride + 2j + 1 < (row + ROWS − 1)·a_stride + k ≤ a.len().
-                let pair =
-                    unsafe { a.as_ptr().add((row + r) * a_stride + 2 * j).cast::<i32>().read_unaligned() };
+                let pair = unsafe { a.as_ptr().add(at).cast::<i32>().read_unaligned() };
                 let pair = vreinterpret_s16_s32(vdup_n_s32(pair));
                 for v in 0..OCTETS {
                     sums[r][v] = add_pair_products(sums[r][v], values[v], pair);
