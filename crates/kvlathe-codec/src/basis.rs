@@ -3,6 +3,7 @@
 use std::sync::OnceLock;
 
 use crate::error::{CodecError, Result};
+use crate::kernels::WIDE;
 use crate::linalg;
 use crate::query::QueryTables;
 use crate::rope::Rope;
@@ -19,9 +20,6 @@ pub const DRIFT_STEP: f32 = 0.1875;
 pub(crate) const DRIFT_HALF: usize = 8;
 /// What a token may add to its block's drift, in standard deviations: an outlier must not move the others.
 pub(crate) const DRIFT_REACH: f32 = 4.0;
-
-/// Coefficients are padded to a multiple of this where they lie across vectors: sixteen f32 fill an AVX-512 register.
-const PADDING: usize = 16;
 
 /// The calibrated transform of one stream (K or V of one layer and KV head).
 ///
@@ -131,9 +129,9 @@ impl StreamTables {
         Ok(tables)
     }
 
-    /// Coefficients rounded up to whole vectors.
+    /// Coefficients rounded up to whole vectors, where they lie across vectors.
     pub(crate) fn n_padded(&self) -> usize {
-        self.head_dim.next_multiple_of(PADDING)
+        self.head_dim.next_multiple_of(WIDE)
     }
 
     /// μ of one component: at the block's middle, where nothing is turned.

@@ -7,7 +7,7 @@
 //! and the drift's, which is one number a block, stay in float32.
 
 use crate::basis::StreamTables;
-use crate::kernels::LANES;
+use crate::kernels::{LANES, WIDE};
 use crate::rope::{Pairing, Rope};
 use crate::width::Width;
 
@@ -56,7 +56,7 @@ impl QueryTables {
         row_units[tables.n_coded()..].fill(0.0);
         let coded = || tables.widths().take(tables.n_coded());
         let mut level_offsets: Vec<f32> = coded().map(Width::level_offset).collect();
-        level_offsets.resize(tables.n_coded().next_multiple_of(LANES), 0.0);
+        level_offsets.resize(tables.n_coded().next_multiple_of(WIDE), 0.0);
         let sum_of_codes: usize = coded().map(|width| 2 * width.half_levels() - 1).sum();
         let largest_projected = NORM.min(2.14e9 / sum_of_codes.max(1) as f32);
         Self { synthesis, column_units, row_units, level_offsets, mean, largest_projected, places }
@@ -90,7 +90,7 @@ pub(crate) struct MeanTables {
 impl MeanTables {
     fn new(tables: &StreamTables, places: &[Option<usize>]) -> Self {
         let inv_freq = tables.rope.as_ref().map_or(&[][..], Rope::inv_freq);
-        let (n_pairs, width) = (inv_freq.len().next_multiple_of(LANES), (tables.block_len / 2).max(LANES));
+        let (n_pairs, width) = (inv_freq.len().next_multiple_of(WIDE), (tables.block_len / 2).max(LANES));
         let mean: Vec<f64> = places.iter().map(|c| c.map_or(0.0, |c| f64::from(tables.mean(c)))).collect();
         let mut turned = mean.clone();
         let (mut even, mut odd) = (vec![0.0; n_pairs * width], vec![0.0; n_pairs * width]);
@@ -120,7 +120,7 @@ fn places(rope: Option<&Rope>, d: usize) -> Vec<Option<usize>> {
     let mut places = Vec::new();
     for part in [left, right, (rotary_dim..d).collect()] {
         places.extend(part.into_iter().map(Some));
-        places.resize(places.len().next_multiple_of(LANES), None);
+        places.resize(places.len().next_multiple_of(WIDE), None);
     }
     places
 }

@@ -6,7 +6,7 @@
 //! exact whatever the model does; wrong frequencies would only make the basis fit less well.
 
 use crate::error::{CodecError, Result};
-use crate::kernels::LANES;
+use crate::kernels::WIDE;
 
 /// Which components form a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -90,7 +90,7 @@ impl Rope {
     /// hundredths of a radian.
     fn angles(&self, position: i64) -> impl Iterator<Item = f64> {
         let n = self.inv_freq.len();
-        let padding = std::iter::repeat_n(0.0, n.next_multiple_of(LANES) - n);
+        let padding = std::iter::repeat_n(0.0, n.next_multiple_of(WIDE) - n);
         self.inv_freq.iter().copied().chain(padding).map(move |f| f * position as f64)
     }
 }

@@ -1,8 +1,8 @@
 //! Weighted sums in the coefficient domain; see [`crate::attend`] for the formula.
 
 use super::Scratch;
-use super::f32x8::F32x8;
-use super::lanes::{LANES, groups, groups_mut};
+use super::floats::Floats;
+use super::lanes::{LANES, WIDE, groups, groups_mut};
 use super::multiply::Multiply;
 use super::multiply_codes::DOT_STEP;
 use super::product::dot;
@@ -56,12 +56,16 @@ pub(super) fn accumulate<M: Multiply>(
     for q in 0..n_queries {
         let weights = &weights[q * n_tokens..][..n_tokens];
         for b in 0..n_blocks {
-            let weight = dot::<M::F32x8>(&weights[b * n..][..n], &gains[b * n..][..n]);
+            let weight = dot::<M::F32x8, LANES>(&weights[b * n..][..n], &gains[b * n..][..n]);
             block_weights[q * n_blocks + b] = weight;
             sums.mean_weights[q] += weight;
         }
         let integers = &mut weights_i16[q * stride..][..stride];
-        units[q] = quantise::<M::F32x8>(weights, scales, integers);
+        units[q] = if n.is_multiple_of(WIDE) {
+            quantise::<M::F32x16, WIDE>(weights, scales, integers)
+        } else {
+            quantise::<M::F32x8, LANES>(weights, scales, integers)
+        };
         totals[q] = total(integers);
     }
     let drift_sums = &mut drift_sums[..n_queries * n_padded];
@@ -107,7 +111,7 @@ fn total(integers: &[i16]) -> i32 {
 
 /// Rounds weightₜ·scaleₜ to integers; returns what one of (integer · level) is worth.
 #[inline(always)]
-fn quantise<V: F32x8>(weights: &[f32], scales: &[f32], integers: &mut [i16]) -> f32 {
+fn quantise<V: Floats<N>, const N: usize>(weights: &[f32], scales: &[f32], integers: &mut [i16]) -> f32 {
     let (mut most, mut sums) = (V::splat(0.0), V::splat(0.0));
     let weights = groups(weights);
     let n = weights.len();
@@ -118,7 +122,7 @@ fn quantise<V: F32x8>(weights: &[f32], scales: &[f32], integers: &mut [i16]) -> 
         sums = sums.add(scaled);
     }
     let (most, sum) = (most.largest(), sums.total());
-    let (integers, rest) = integers.split_at_mut(n * LANES);
+    let (integers, rest) = integers.split_at_mut(n * N);
     rest.fill(0);
     if !(most > 0.0 && sum.is_finite()) {
         integers.fill(0);
@@ -146,7 +150,7 @@ pub(super) fn finish<M: Multiply>(tables: &StreamTables, sums: &CoefficientSums,
         let mean_weight = sums.mean_weights[q];
         for j in 0..d {
             let row = &tables.synthesis[j * d..(j + 1) * d];
-            let mut sum = dot::<M::F32x8>(&row[..whole], &coefficients[..whole]);
+            let mut sum = dot::<M::F32x8, LANES>(&row[..whole], &coefficients[..whole]);
             for i in whole..d {
                 sum = row[i].mul_add(coefficients[i], sum);
             }

@@ -2,7 +2,7 @@
 //! there are no closures: the compiler would build them without the caller's instruction set.
 
 use super::Scratch;
-use super::f32x8::F32x8;
+use super::floats::Floats;
 use super::lanes::{LANES, groups, groups_mut, load, total};
 use super::multiply::Multiply;
 use super::side::{unpack_drift, unpack_sides};

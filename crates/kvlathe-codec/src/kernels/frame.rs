@@ -1,21 +1,21 @@
 //! Queries in a block's frame, and what the mean of its keys contributes to their scores.
 
-use super::f32x8::F32x8;
-use super::lanes::{LANES, groups, groups_mut};
+use super::floats::Floats;
+use super::lanes::{LANES, WIDE, groups, groups_mut};
 use super::multiply::Multiply;
 use crate::query::{MeanTables, Queries};
 
 /// Turns all queries to a block's frame: `turned` receives them in integers, `even` and `odd` their products with the
 /// mean. `cos` and `sin` are the frame's rotation, padded to whole groups; empty where keys have no RoPE.
 #[inline(always)]
-pub(super) fn turn<V: F32x8>(
+pub(super) fn turn<V: Floats<WIDE>>(
     queries: &Queries,
     (cos, sin): (&[f32], &[f32]),
     turned: &mut [i16],
     even: &mut [f32],
     odd: &mut [f32],
 ) {
-    let (n_pairs, places) = (cos.len() / LANES, queries.n_places / LANES);
+    let (n_pairs, places) = (cos.len() / WIDE, queries.n_places / WIDE);
     let (cos, sin) = (&groups(cos)[..n_pairs], &groups(sin)[..n_pairs]);
     for q in 0..queries.len() {
         let from = &groups(&queries.scaled)[q * places..(q + 1) * places];
@@ -42,7 +42,7 @@ pub(super) fn turn<V: F32x8>(
 
 /// (a·cos − b·sin, b·cos + a·sin)
 #[inline(always)]
-fn rotated<V: F32x8>((a, b): (V, V), cos: V, sin: V) -> (V, V) {
+fn rotated<V: Floats<WIDE>>((a, b): (V, V), cos: V, sin: V) -> (V, V) {
     (a.mul_sub(cos, b.mul(sin)), b.mul_add(cos, a.mul(sin)))
 }
 
@@ -64,25 +64,27 @@ pub(super) fn score_mean<M: Multiply>(
     M::multiply(even, &tables.even, even_scores, (tables.n_pairs, width));
     M::multiply(odd, &tables.odd, odd_scores, (tables.n_pairs, width));
     for q in 0..queries.len() {
-        join_halves::<M::F32x8>(
-            &even_scores[q * width..(q + 1) * width],
-            &odd_scores[q * width..(q + 1) * width],
-            queries.mean_rest[q],
-            &mut scores[q * n..(q + 1) * n],
-        );
+        let run = q * width..(q + 1) * width;
+        let (even, odd) = (&even_scores[run.clone()], &odd_scores[run]);
+        let (rest, scores) = (queries.mean_rest[q], &mut scores[q * n..(q + 1) * n]);
+        if (n / 2).is_multiple_of(WIDE) {
+            join_halves::<M::F32x16, WIDE>(even, odd, rest, scores);
+        } else {
+            join_halves::<M::F32x8, LANES>(even, odd, rest, scores);
+        }
     }
 }
 
 /// Scores of the tokens after a block's middle are rest + even + odd, those before it, backwards, rest + even − odd.
 #[inline(always)]
-fn join_halves<V: F32x8>(even: &[f32], odd: &[f32], rest: f32, scores: &mut [f32]) {
+fn join_halves<V: Floats<N>, const N: usize>(even: &[f32], odd: &[f32], rest: f32, scores: &mut [f32]) {
     let half = scores.len() / 2;
     let (before, after) = scores.split_at_mut(half);
-    let n = half / LANES;
+    let n = half / N;
     {
         let rest = V::splat(rest);
         let (even, odd) = (&groups(even)[..n], &groups(odd)[..n]);
-        let before = &mut groups_mut(&mut before[half - n * LANES..])[..n];
+        let before = &mut groups_mut(&mut before[half - n * N..])[..n];
         let after = &mut groups_mut(after)[..n];
         for g in 0..n {
             let (even, odd) = (rest.add(V::load(&even[g])), V::load(&odd[g]));
@@ -90,7 +92,7 @@ fn join_halves<V: F32x8>(even: &[f32], odd: &[f32], rest: f32, scores: &mut [f32
             even.sub(odd).reversed().store(&mut before[n - 1 - g]);
         }
     }
-    for i in n * LANES..half {
+    for i in n * N..half {
         after[i] = rest + even[i] + odd[i];
         before[half - 1 - i] = rest + even[i] - odd[i];
     }

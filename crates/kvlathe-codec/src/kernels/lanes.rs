@@ -2,6 +2,8 @@
 
 /// Values that kernels work on together: every block length is a multiple, and eight f32 fill an AVX2 register.
 pub(crate) const LANES: usize = 8;
+/// Values of the widest registers, those of AVX-512: tables are padded to them.
+pub(crate) const WIDE: usize = 16;
 
 pub(super) type Lanes = [f32; LANES];
 
@@ -11,15 +13,15 @@ pub(super) fn load(values: &[f32], at: usize) -> Lanes {
     values[at..at + LANES].try_into().expect("a slice of LANES values")
 }
 
-/// Whole groups of lanes; what is left over is the caller's.
+/// Whole groups of N values; what is left over is the caller's.
 #[inline(always)]
-pub(super) fn groups<T>(values: &[T]) -> &[[T; LANES]] {
+pub(super) fn groups<T, const N: usize>(values: &[T]) -> &[[T; N]] {
     values.as_chunks().0
 }
 
 /// As [`groups`], to be written.
 #[inline(always)]
-pub(super) fn groups_mut<T>(values: &mut [T]) -> &mut [[T; LANES]] {
+pub(super) fn groups_mut<T, const N: usize>(values: &mut [T]) -> &mut [[T; N]] {
     values.as_chunks_mut().0
 }
 

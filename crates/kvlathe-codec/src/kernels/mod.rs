@@ -8,11 +8,11 @@ mod body;
 mod codes;
 #[cfg(target_arch = "x86_64")]
 mod codes_x86;
-mod f32x8;
+mod floats;
 #[cfg(target_arch = "aarch64")]
-mod f32x8_neon;
+mod floats_neon;
 #[cfg(target_arch = "x86_64")]
-mod f32x8_x86;
+mod floats_x86;
 mod frame;
 mod isa;
 mod lanes;
@@ -33,7 +33,7 @@ mod softmax;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod tiles;
 
-pub(crate) use lanes::LANES;
+pub(crate) use lanes::{LANES, WIDE};
 
 pub use isa::{Isa, available_isas, best_isa};
 

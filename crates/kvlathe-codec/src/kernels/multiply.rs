@@ -1,7 +1,8 @@
 //! The products that coding and attention spend their time in.
 
 use super::codes::UnpackCodes;
-use super::f32x8::F32x8;
+use super::floats::{Floats, UnpackSides};
+use super::lanes::{LANES, WIDE};
 use super::multiply_codes::MultiplyCodes;
 
 /// The matrix products, and the vectors, of one instruction set.
@@ -10,7 +11,9 @@ use super::multiply_codes::MultiplyCodes;
 /// integer entries are exact, so every instruction set gives the same bits of them.
 pub(super) trait Multiply: MultiplyCodes + UnpackCodes {
     /// What the loops around the products use.
-    type F32x8: F32x8;
+    type F32x8: UnpackSides;
+    /// Where there are whole groups of sixteen.
+    type F32x16: Floats<WIDE>;
 
     /// out[m, n] = a[m, k] · x[k, n]; `shape` is (k, n), `m = out.len() / n`, n a multiple of eight.
     fn multiply(a: &[f32], x: &[f32], out: &mut [f32], shape: (usize, usize));
@@ -63,7 +66,8 @@ pub(super) fn check_pairs(
 pub(super) struct Portable;
 
 impl Multiply for Portable {
-    type F32x8 = [f32; 8];
+    type F32x8 = [f32; LANES];
+    type F32x16 = [f32; WIDE];
 
     #[inline(always)]
     fn multiply(a: &[f32], x: &[f32], out: &mut [f32], (k, n): (usize, usize)) {

@@ -4,7 +4,9 @@ use std::arch::x86_64::*;
 
 use super::codes::QUAD;
 use super::multiply_codes::{DOT_STEP, MultiplyCodes, check_columns, check_rows};
-use super::multiply_x86::{Avx2, Avx512, Avx512Vnni, int_total_256, pair_sum_256, pair_sum_512};
+use super::multiply_x86::{
+    Avx2, Avx512, Avx512Vnni, int_total_256, pair_sum_256, pair_sum_512, pair_sum_vnni,
+};
 use super::tiles::for_tiles;
 
 /// Defines the tiles and the loops over them for one instruction set.
@@ -252,7 +254,7 @@ tiled_multiply_codes!(
     low_bytes_512,
     _mm512_srli_epi16,
     widened_512,
-    _mm512_dpwssd_epi32,
+    pair_sum_vnni,
     _mm512_reduce_add_epi32,
     8,
     [7, 6, 5, 4, 3, 2, 1],

@@ -4,6 +4,7 @@
 
 use std::arch::aarch64::*;
 
+use super::floats::Two;
 use super::lanes::LANES;
 use super::multiply::{Multiply, check_dot, check_pairs, check_shape};
 use super::tiles::for_tiles;
@@ -195,6 +196,7 @@ impl Neon {
 
 impl Multiply for Neon {
     type F32x8 = float32x4x2_t;
+    type F32x16 = Two<float32x4x2_t>;
 
     #[inline(always)]
     fn multiply(a: &[f32], x: &[f32], out: &mut [f32], shape: (usize, usize)) {

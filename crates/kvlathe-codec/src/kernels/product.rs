@@ -1,6 +1,6 @@
 //! Products by themselves: of matrices, for exact parts of a cache, and of two vectors.
 
-use super::f32x8::F32x8;
+use super::floats::Floats;
 use super::lanes::groups;
 use super::multiply::Multiply;
 
@@ -16,9 +16,9 @@ pub(super) fn row_products<M: Multiply>(a: &[f32], b: &[f32], out: &mut [f32], s
     M::dot(a, b, out, shape);
 }
 
-/// Σ aₜ·bₜ over a multiple of eight, eight partial sums side by side.
+/// Σ aₜ·bₜ over a multiple of N, N partial sums side by side.
 #[inline(always)]
-pub(super) fn dot<V: F32x8>(a: &[f32], b: &[f32]) -> f32 {
+pub(super) fn dot<V: Floats<N>, const N: usize>(a: &[f32], b: &[f32]) -> f32 {
     let mut sums = V::splat(0.0);
     let a = groups(a);
     let b = &groups(b)[..a.len()];

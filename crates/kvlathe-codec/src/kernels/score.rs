@@ -1,9 +1,9 @@
 //! Scores in the coefficient domain; see [`crate::attend`] for the formula and [`crate::query`] for the integers.
 
 use super::codes::QUAD;
-use super::f32x8::F32x8;
+use super::floats::Floats;
 use super::frame::{score_mean, turn};
-use super::lanes::{LANES, groups, groups_mut};
+use super::lanes::{LANES, WIDE, groups, groups_mut};
 use super::multiply::Multiply;
 use super::product::dot;
 use super::side::{unpack_drift, unpack_sides};
@@ -58,13 +58,13 @@ pub(super) fn score<M: Multiply>(
         // Without RoPE all blocks share one frame.
         if b == 0 || walk.is_some() {
             let rotation = walk.as_ref().map_or((&[][..], &[][..]), |walk| walk.rotation().padded());
-            turn::<M::F32x8>(queries, rotation, turned, even, odd);
+            turn::<M::F32x16>(queries, rotation, turned, even, odd);
             score_mean::<M>(&query_tables.mean, queries, (even, odd), mean_parts, mean_scores, n);
             let (dots, n_places) = (&mut products[..n_queries * n_padded], queries.n_places);
             M::multiply_i16(turned, n_places, &query_tables.synthesis, dots, (n_places, n_padded));
             for q in 0..n_queries {
                 let run = q * n_padded..(q + 1) * n_padded;
-                (units[q], offsets[q]) = project::<M::F32x8>(
+                (units[q], offsets[q]) = project::<M::F32x16>(
                     &dots[run.clone()],
                     query_tables,
                     &mut coefficients[run.clone()],
@@ -80,14 +80,16 @@ pub(super) fn score<M: Multiply>(
         let dots = &mut products[..n_queries * n];
         M::multiply_codes(projected, n_padded, quads, dots, (tables.n_coded().next_multiple_of(QUAD), n));
         for q in 0..n_queries {
-            let drift_score = dot::<M::F32x8>(&coefficients[q * n_padded..][..n_padded], &drift[..n_padded]);
-            finish_scores::<M::F32x8>(
-                (&dots[q * n..][..n], offsets[q], units[q]),
-                (&mean_scores[q * n..][..n], drift_score),
-                (gains, scales),
-                queries.factors[q],
-                &mut scores[q * n_tokens + b * n..][..n],
-            );
+            let drift_score =
+                dot::<M::F32x16, WIDE>(&coefficients[q * n_padded..][..n_padded], &drift[..n_padded]);
+            let levels = (&dots[q * n..][..n], offsets[q], units[q]);
+            let rest = (&mean_scores[q * n..][..n], drift_score);
+            let scores = &mut scores[q * n_tokens + b * n..][..n];
+            if n.is_multiple_of(WIDE) {
+                finish_scores::<M::F32x16, WIDE>(levels, rest, (gains, scales), queries.factors[q], scores);
+            } else {
+                finish_scores::<M::F32x8, LANES>(levels, rest, (gains, scales), queries.factors[q], scores);
+            }
         }
         if let Some(walk) = walk.as_deref_mut() {
             walk.advance();
@@ -97,7 +99,7 @@ pub(super) fn score<M: Multiply>(
 
 /// score = gain · factor · ((product + offset) · step factor · unit + mean's score + drift's score)
 #[inline(always)]
-fn finish_scores<V: F32x8>(
+fn finish_scores<V: Floats<N>, const N: usize>(
     (dots, offset, unit): (&[i32], f32, f32),
     (means, drift_score): (&[f32], f32),
     (gains, scales): (&[f32], &[f32]),
@@ -134,7 +136,7 @@ fn prefetch(bytes: &[u8]) {
 /// One query's products with the columns, as numbers and as integers; of those that meet codes the largest is about
 /// ±`largest_projected`. Returns what one is worth, and what is added to a product with codes to make it one with levels.
 #[inline(always)]
-fn project<V: F32x8>(
+fn project<V: Floats<WIDE>>(
     products: &[i32],
     tables: &QueryTables,
     coefficients: &mut [f32],
@@ -154,7 +156,7 @@ fn project<V: F32x8>(
     let most = most.largest();
     // A query that no column sees: any factor will do.
     let factor = if most > 0.0 { tables.largest_projected / most } else { 0.0 };
-    let n = tables.level_offsets.len() / LANES;
+    let n = tables.level_offsets.len() / WIDE;
     let (products, row_units) = (&products[..n], &row_units[..n]);
     let projected = &mut groups_mut(projected)[..n];
     let level_offsets = &groups(&tables.level_offsets)[..n];

@@ -1,13 +1,18 @@
 //! A block's side information to numbers: side bytes and drift.
 
-use super::f32x8::F32x8;
+use super::floats::UnpackSides;
 use super::lanes::{LANES, groups_mut};
 use crate::basis::DRIFT_HALF;
 use crate::gain::BlockGain;
 
 /// Gains and step factors of a block's tokens.
 #[inline(always)]
-pub(super) fn unpack_sides<V: F32x8>(block: BlockGain, side: &[u8], gains: &mut [f32], scales: &mut [f32]) {
+pub(super) fn unpack_sides<V: UnpackSides>(
+    block: BlockGain,
+    side: &[u8],
+    gains: &mut [f32],
+    scales: &mut [f32],
+) {
     let sides = side.as_chunks::<LANES>().0;
     let n = sides.len();
     let (gains, scales) = (&mut groups_mut(gains)[..n], &mut groups_mut(scales)[..n]);

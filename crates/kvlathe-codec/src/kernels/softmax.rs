@@ -2,11 +2,8 @@
 //! 2018): scores become weights, and a running maximum and sum are kept for each query.
 
 use super::ROUND;
-use super::lanes::{larger, largest, total};
+use super::lanes::{WIDE, larger, largest, total};
 use super::multiply::Multiply;
-
-/// Scores that are worked on side by side: one AVX-512 register.
-const WIDE: usize = 16;
 
 /// e^x for x ≤ 0, relative error below 3·10⁻⁷; zero below −87.
 #[inline(always)]

@@ -1,8 +1,8 @@
-//! [`F32x8`] in two registers of NEON.
+//! [`Floats`] in two registers of NEON.
 
 use std::arch::aarch64::*;
 
-use super::f32x8::F32x8;
+use super::floats::{Floats, UnpackSides};
 use super::lanes::LANES;
 use crate::gain::{BlockGain, FALL_OF_ZERO, GAINS_OF_AN_OCTAVE, GUARD_SCALES};
 
@@ -38,7 +38,7 @@ fn table_of_16(table: &[f32; 16]) -> uint8x16x4_t {
     unsafe { vld1q_u8_x4(table.as_ptr().cast()) }
 }
 
-/// As [`F32x8::unpack_sides`], for four sides in 32 bits; the arithmetic is that of [`crate::gain::gain`].
+/// As [`UnpackSides::unpack_sides`], for four sides in 32 bits; the arithmetic is that of [`crate::gain::gain`].
 #[target_feature(enable = "neon")]
 #[inline]
 fn unpack_four_sides(block: BlockGain, sides: uint32x4_t) -> (float32x4_t, float32x4_t) {
@@ -60,7 +60,7 @@ fn unpack_four_sides(block: BlockGain, sides: uint32x4_t) -> (float32x4_t, float
     (vreinterpretq_f32_u32(vbicq_u32(gains, is_zero)), vreinterpretq_f32_u8(scales))
 }
 
-/// As [`F32x8::unpack_sides`].
+/// As [`UnpackSides::unpack_sides`].
 #[target_feature(enable = "neon")]
 #[inline]
 fn unpack_eight_sides(block: BlockGain, sides: &[u8; LANES]) -> (float32x4x2_t, float32x4x2_t) {
@@ -103,7 +103,7 @@ fn reversed_4(lanes: float32x4_t) -> float32x4_t {
     vextq_f32::<2>(pairs, pairs)
 }
 
-impl F32x8 for float32x4x2_t {
+impl Floats<LANES> for float32x4x2_t {
     #[inline(always)]
     fn splat(value: f32) -> Self {
         with_neon!(float32x4x2_t(vdupq_n_f32(value), vdupq_n_f32(value)))
@@ -188,7 +188,9 @@ impl F32x8 for float32x4x2_t {
     fn largest(self) -> f32 {
         with_neon!(largest_of_8(self))
     }
+}
 
+impl UnpackSides for float32x4x2_t {
     #[inline(always)]
     fn unpack_sides(block: BlockGain, sides: &[u8; LANES]) -> (Self, Self) {
         with_neon!(unpack_eight_sides(block, sides))
