@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 use kvlathe_codec::{
-    CoefficientSums, Element, MAX_TOKENS_AT_ONCE, Queries, StreamSet, StreamTables, best_isa, product,
+    CoefficientSums, Element, MAX_TOKENS_AT_ONCE, Queries, Rope, RotationWalk, StreamSet, StreamTables, best_isa, product,
     row_products, weigh,
 };
 
@@ -25,6 +25,19 @@ pub(super) struct Place {
     pub(super) n_tokens: usize,
     /// Columns of its scores: `n_tokens` and padding.
     pub(super) width: usize,
+}
+
+/// Packed blocks that follow one another, the same of all heads.
+pub(super) struct BlockRun {
+    blocks: Range<usize>,
+    /// At the first block, made by whichever head comes first: its sines take as long as scoring a block.
+    walk: OnceLock<Option<RotationWalk>>,
+}
+
+impl BlockRun {
+    pub(super) fn new(blocks: Range<usize>) -> Self {
+        Self { blocks, walk: OnceLock::new() }
+    }
 }
 
 /// The work of one KV head of one sequence.
@@ -61,8 +74,8 @@ impl<E: Element> Head<'_, E> {
         }
     }
 
-    /// Packed blocks `range`, a tile after another.
-    pub(super) fn blocks(&self, range: Range<usize>, workspace: &mut Workspace) -> Result<Partial> {
+    /// Packed blocks, a tile after another.
+    pub(super) fn blocks(&self, run: &BlockRun, workspace: &mut Workspace) -> Result<Partial> {
         let Workspace { scratch, scores, sums: TileSums { rescale, .. }, .. } = workspace;
         let (n, block_len, isa) = (self.n(), self.keys.block_len(), best_isa());
         let (keys, values) = (self.key_stream(), self.value_stream());
@@ -74,11 +87,12 @@ impl<E: Element> Head<'_, E> {
         let [key_blocks, value_blocks] =
             [(self.key, self.keys), (self.value, self.values)].map(|(row, set)| {
                 let head_range = set.head_range(self.head);
-                range.clone().map(|at| &row.block(at)[head_range.clone()]).collect::<Vec<&[u8]>>()
+                run.blocks.clone().map(|at| &row.block(at)[head_range.clone()]).collect::<Vec<&[u8]>>()
             });
-        let mut first = self.key.n_sinks_held() + range.start * block_len;
-        let mut walk =
-            self.keys.rope().map(|rope| rope.walk_back((first + block_len / 2) as i64, block_len as i64));
+        let mut first = self.key.n_sinks_held() + run.blocks.start * block_len;
+        let walk_from =
+            |rope: &Rope| rope.walk_back((first + block_len / 2) as i64, block_len as i64);
+        let mut walk = run.walk.get_or_init(|| self.keys.rope().map(walk_from)).clone();
         let blocks_of_tile = MAX_TOKENS_AT_ONCE / block_len;
         for (key_blocks, value_blocks) in
             key_blocks.chunks(blocks_of_tile).zip(value_blocks.chunks(blocks_of_tile))

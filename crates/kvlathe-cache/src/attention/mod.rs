@@ -18,7 +18,7 @@ use crate::error::{CacheError, Result};
 use crate::layer::LayerCache;
 use crate::threads::for_each_task;
 use crate::view::TensorView;
-use head::Head;
+use head::{BlockRun, Head};
 use partial::Partial;
 use visibility::Visibility;
 use workspace::with_workspace;
@@ -52,7 +52,7 @@ enum Part {
     /// All queries over sinks and tail.
     Exact,
     /// All queries over some packed blocks.
-    Blocks(Range<usize>),
+    Blocks(BlockRun),
     /// Some queries over all tokens.
     Dense(Range<usize>),
 }
@@ -104,7 +104,8 @@ impl<E: Element> LayerCache<E> {
         let n_blocks = self.sides(0).0.n_blocks();
         let wanted = (n_blocks * n_heads).div_ceil(PARTS_PER_THREAD * n_threads);
         let len = wanted.max(MIN_PART_TOKENS.div_ceil(block_len));
-        let blocks = (0..n_blocks).step_by(len).map(|first| Part::Blocks(first..n_blocks.min(first + len)));
+        let runs = (0..n_blocks).step_by(len).map(|first| BlockRun::new(first..n_blocks.min(first + len)));
+        let blocks = runs.map(Part::Blocks);
         blocks.chain([Part::Exact]).collect()
     }
 
@@ -159,7 +160,7 @@ impl<E: Element> LayerCache<E> {
             let head = &heads[task / parts.len()];
             let partial = with_workspace(|workspace| match &parts[task % parts.len()] {
                 Part::Exact => head.exact(workspace),
-                Part::Blocks(range) => head.blocks(range.clone(), workspace),
+                Part::Blocks(run) => head.blocks(run, workspace),
                 Part::Dense(rows) => head.dense(rows.clone(), workspace),
             });
             partials[task].get_or_init(|| partial);

@@ -143,14 +143,14 @@ fn quantise<V: Floats<N>, const N: usize>(weights: &[f32], scales: &[f32], integ
 #[inline(always)]
 pub(super) fn finish<M: Multiply>(tables: &StreamTables, sums: &CoefficientSums, out: &mut [f32]) {
     let d = tables.head_dim;
-    let whole = d / LANES * LANES;
+    let whole = d / WIDE * WIDE;
     for q in 0..sums.n_queries() {
         let out = &mut out[q * d..(q + 1) * d];
         let coefficients = &sums.sums[q * d..(q + 1) * d];
         let mean_weight = sums.mean_weights[q];
         for j in 0..d {
             let row = &tables.synthesis[j * d..(j + 1) * d];
-            let mut sum = dot::<M::F32x8, LANES>(&row[..whole], &coefficients[..whole]);
+            let mut sum = dot::<M::F32x16, WIDE>(&row[..whole], &coefficients[..whole]);
             for i in whole..d {
                 sum = row[i].mul_add(coefficients[i], sum);
             }
