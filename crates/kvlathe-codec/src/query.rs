@@ -15,7 +15,7 @@ use crate::width::Width;
 const NORM: f32 = 32_700.0;
 
 /// What scoring needs of a stream. Components stand at *places*: first those that turn to the left, then their partners,
-/// then the rest, each of the three padded with zeros to whole groups of lanes.
+/// then the rest, each of the three padded with zeros to whole vectors of sixteen.
 #[derive(Debug, Clone)]
 pub(crate) struct QueryTables {
     /// `[n_places/2, n_padded, 2]`: columns of V times their step, each scaled to norm [`NORM`] and rounded.
@@ -25,7 +25,7 @@ pub(crate) struct QueryTables {
     /// `[n_padded]`: the same, and zero for coefficients without a row of codes.
     pub(crate) row_units: Vec<f32>,
     /// [`Width::level_offset`] of coefficients with a row of codes, padded with zeros
-    /// to whole groups of lanes.
+    /// to whole vectors of sixteen.
     pub(crate) level_offsets: Vec<f32>,
     /// The mean's part of scores.
     pub(crate) mean: MeanTables,
@@ -81,7 +81,7 @@ pub(crate) struct MeanTables {
     pub(crate) even: Vec<f32>,
     /// `[n_pairs, width]`: sin θφ.
     pub(crate) odd: Vec<f32>,
-    /// Pairs, padded to whole groups of lanes.
+    /// Pairs, padded to whole vectors of sixteen.
     pub(crate) n_pairs: usize,
     /// Half a block, at least eight.
     pub(crate) width: usize,

@@ -28,7 +28,7 @@ pub struct Rope {
 /// The rotation of one position: a cosine and a sine for each pair.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rotation {
-    /// Padded to whole groups of lanes with pairs that do not turn.
+    /// Padded to whole vectors of sixteen with pairs that do not turn.
     cos: Vec<f32>,
     sin: Vec<f32>,
     n_pairs: usize,
@@ -86,7 +86,7 @@ impl Rope {
         Rotation { cos, sin, n_pairs: self.inv_freq.len(), pairing: self.pairing }
     }
 
-    /// Angles of all pairs at a position, then zeros to whole groups of lanes. In f64: at 10⁶ tokens f32 would be wrong by
+    /// Angles of all pairs at a position, then zeros to whole vectors of sixteen. In f64: at 10⁶ tokens f32 would be wrong by
     /// hundredths of a radian.
     fn angles(&self, position: i64) -> impl Iterator<Item = f64> {
         let n = self.inv_freq.len();
@@ -181,7 +181,7 @@ impl RotationWalk {
 }
 
 impl Rotation {
-    /// Cosines and sines, one a pair, padded to whole groups of lanes with pairs that do not turn.
+    /// Cosines and sines, one a pair, padded to whole vectors of sixteen with pairs that do not turn.
     #[inline(always)]
     pub(crate) fn padded(&self) -> (&[f32], &[f32]) {
         (&self.cos, &self.sin)

@@ -6,7 +6,7 @@ use super::multiply::Multiply;
 use crate::query::{MeanTables, Queries};
 
 /// Turns all queries to a block's frame: `turned` receives them in integers, `even` and `odd` their products with the
-/// mean. `cos` and `sin` are the frame's rotation, padded to whole groups; empty where keys have no RoPE.
+/// mean. `cos` and `sin` are the frame's rotation, padded to whole vectors; empty where keys have no RoPE.
 #[inline(always)]
 pub(super) fn turn<V: Floats<WIDE>>(
     queries: &Queries,
