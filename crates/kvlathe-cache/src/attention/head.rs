@@ -4,8 +4,8 @@ use std::ops::Range;
 use std::sync::OnceLock;
 
 use kvlathe_codec::{
-    CoefficientSums, Element, MAX_TOKENS_AT_ONCE, Queries, Rope, RotationWalk, StreamSet, StreamTables,
-    best_isa, product, row_products, weigh,
+    CoefficientSums, Element, MAX_TOKENS_AT_ONCE, Queries, RotationWalk, StreamSet, StreamTables, best_isa,
+    product, row_products, weigh,
 };
 
 use super::AttentionOptions;
@@ -90,8 +90,9 @@ impl<E: Element> Head<'_, E> {
                 run.blocks.clone().map(|at| &row.block(at)[head_range.clone()]).collect::<Vec<&[u8]>>()
             });
         let mut first = self.key.n_sinks_held() + run.blocks.start * block_len;
-        let walk_from = |rope: &Rope| rope.walk_back((first + block_len / 2) as i64, block_len as i64);
-        let mut walk = run.walk.get_or_init(|| self.keys.rope().map(walk_from)).clone();
+        let (middle, step) = ((first + block_len / 2) as i64, block_len as i64);
+        let walk = run.walk.get_or_init(|| self.keys.rope().map(|rope| rope.walk_back(middle, step)));
+        let mut walk = walk.clone();
         let blocks_of_tile = MAX_TOKENS_AT_ONCE / block_len;
         for (key_blocks, value_blocks) in
             key_blocks.chunks(blocks_of_tile).zip(value_blocks.chunks(blocks_of_tile))

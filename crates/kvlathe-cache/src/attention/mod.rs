@@ -104,9 +104,8 @@ impl<E: Element> LayerCache<E> {
         let n_blocks = self.sides(0).0.n_blocks();
         let wanted = (n_blocks * n_heads).div_ceil(PARTS_PER_THREAD * n_threads);
         let len = wanted.max(MIN_PART_TOKENS.div_ceil(block_len));
-        let runs = (0..n_blocks).step_by(len).map(|first| BlockRun::new(first..n_blocks.min(first + len)));
-        let blocks = runs.map(Part::Blocks);
-        blocks.chain([Part::Exact]).collect()
+        let runs = (0..n_blocks).step_by(len).map(|first| first..n_blocks.min(first + len));
+        runs.map(|run| Part::Blocks(BlockRun::new(run))).chain([Part::Exact]).collect()
     }
 
     fn attend_on(

@@ -2,7 +2,7 @@
 
 use super::Scratch;
 use super::floats::Floats;
-use super::lanes::{LANES, WIDE, groups, groups_mut};
+use super::lanes::{LANES, WIDE, groups, groups_mut, on_widest};
 use super::multiply::Multiply;
 use super::multiply_codes::DOT_STEP;
 use super::product::dot;
@@ -61,11 +61,7 @@ pub(super) fn accumulate<M: Multiply>(
             sums.mean_weights[q] += weight;
         }
         let integers = &mut weights_i16[q * stride..][..stride];
-        units[q] = if n.is_multiple_of(WIDE) {
-            quantise::<M::F32x16, WIDE>(weights, scales, integers)
-        } else {
-            quantise::<M::F32x8, LANES>(weights, scales, integers)
-        };
+        units[q] = on_widest!(n, quantise::<M>(weights, scales, integers));
         totals[q] = total(integers);
     }
     let drift_sums = &mut drift_sums[..n_queries * n_padded];

@@ -145,18 +145,6 @@ impl UnpackSides for [f32; LANES] {
 #[derive(Clone, Copy)]
 pub(super) struct Two<V>(V, V);
 
-impl<V: Floats<LANES>> Two<V> {
-    #[inline(always)]
-    fn each(self, op: impl Fn(V) -> V) -> Self {
-        Self(op(self.0), op(self.1))
-    }
-
-    #[inline(always)]
-    fn both(self, other: Self, op: impl Fn(V, V) -> V) -> Self {
-        Self(op(self.0, other.0), op(self.1, other.1))
-    }
-}
-
 /// Two groups of eight.
 #[inline(always)]
 fn halves<T>(values: &[T; WIDE]) -> (&[T; LANES], &[T; LANES]) {
@@ -204,17 +192,17 @@ impl<V: Floats<LANES>> Floats<WIDE> for Two<V> {
 
     #[inline(always)]
     fn add(self, other: Self) -> Self {
-        self.both(other, V::add)
+        Self(self.0.add(other.0), self.1.add(other.1))
     }
 
     #[inline(always)]
     fn sub(self, other: Self) -> Self {
-        self.both(other, V::sub)
+        Self(self.0.sub(other.0), self.1.sub(other.1))
     }
 
     #[inline(always)]
     fn mul(self, other: Self) -> Self {
-        self.both(other, V::mul)
+        Self(self.0.mul(other.0), self.1.mul(other.1))
     }
 
     #[inline(always)]
@@ -229,12 +217,12 @@ impl<V: Floats<LANES>> Floats<WIDE> for Two<V> {
 
     #[inline(always)]
     fn abs(self) -> Self {
-        self.each(V::abs)
+        Self(self.0.abs(), self.1.abs())
     }
 
     #[inline(always)]
     fn larger(self, other: Self) -> Self {
-        self.both(other, V::larger)
+        Self(self.0.larger(other.0), self.1.larger(other.1))
     }
 
     #[inline(always)]

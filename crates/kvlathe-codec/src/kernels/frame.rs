@@ -1,7 +1,7 @@
 //! Queries in a block's frame, and what the mean of its keys contributes to their scores.
 
 use super::floats::Floats;
-use super::lanes::{LANES, WIDE, groups, groups_mut};
+use super::lanes::{LANES, WIDE, groups, groups_mut, on_widest};
 use super::multiply::Multiply;
 use crate::query::{MeanTables, Queries};
 
@@ -67,11 +67,7 @@ pub(super) fn score_mean<M: Multiply>(
         let run = q * width..(q + 1) * width;
         let (even, odd) = (&even_scores[run.clone()], &odd_scores[run]);
         let (rest, scores) = (queries.mean_rest[q], &mut scores[q * n..(q + 1) * n]);
-        if (n / 2).is_multiple_of(WIDE) {
-            join_halves::<M::F32x16, WIDE>(even, odd, rest, scores);
-        } else {
-            join_halves::<M::F32x8, LANES>(even, odd, rest, scores);
-        }
+        on_widest!(n / 2, join_halves::<M>(even, odd, rest, scores));
     }
 }
 

@@ -5,6 +5,18 @@ pub(crate) const LANES: usize = 8;
 /// Values of the widest registers, those of AVX-512: tables are padded to them.
 pub(crate) const WIDE: usize = 16;
 
+/// Calls a loop on vectors of sixteen where `$n` values are whole vectors of them, else on vectors of eight.
+macro_rules! on_widest {
+    ($n:expr, $loop:ident::<$isa:ident>($($argument:expr),*)) => {
+        if $n.is_multiple_of(WIDE) {
+            $loop::<$isa::F32x16, WIDE>($($argument),*)
+        } else {
+            $loop::<$isa::F32x8, LANES>($($argument),*)
+        }
+    };
+}
+pub(super) use on_widest;
+
 pub(super) type Lanes = [f32; LANES];
 
 /// Eight values from `at` on.

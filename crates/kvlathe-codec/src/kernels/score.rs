@@ -3,7 +3,7 @@
 use super::codes::QUAD;
 use super::floats::Floats;
 use super::frame::{score_mean, turn};
-use super::lanes::{LANES, WIDE, groups, groups_mut};
+use super::lanes::{LANES, WIDE, groups, groups_mut, on_widest};
 use super::multiply::Multiply;
 use super::product::dot;
 use super::side::{unpack_drift, unpack_sides};
@@ -85,11 +85,7 @@ pub(super) fn score<M: Multiply>(
             let levels = (&dots[q * n..][..n], offsets[q], units[q]);
             let rest = (&mean_scores[q * n..][..n], drift_score);
             let scores = &mut scores[q * n_tokens + b * n..][..n];
-            if n.is_multiple_of(WIDE) {
-                finish_scores::<M::F32x16, WIDE>(levels, rest, (gains, scales), queries.factors[q], scores);
-            } else {
-                finish_scores::<M::F32x8, LANES>(levels, rest, (gains, scales), queries.factors[q], scores);
-            }
+            on_widest!(n, finish_scores::<M>(levels, rest, (gains, scales), queries.factors[q], scores));
         }
         if let Some(walk) = walk.as_deref_mut() {
             walk.advance();
