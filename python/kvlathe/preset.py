@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from ._native import LowRankCodec, StreamSetCodec
@@ -76,6 +77,18 @@ class Preset:
             BudgetError, CalibrationError: a rate out of range.
         """
         return Preset(self.native.with_bits(bits_per_value))
+
+    def with_cost_factors(self, factors: Sequence[tuple[float, float]]) -> Preset:
+        """The same calibration with the importances of each layer's keys and values multiplied, and without a rate.
+
+        Args:
+            factors: for keys and for values of each layer; see `sensitivity.cost_factors`.
+
+        Raises:
+            PresetError: a seed-style preset.
+            CalibrationError: factors for another number of layers, or not above 0.
+        """
+        return Preset(self.native.with_cost_factors([(key, value) for key, value in factors]))
 
     def with_measured(self, measured: dict[str, Any]) -> Preset:
         """The same preset with a record of what was measured at its rate."""

@@ -10,13 +10,13 @@ T = TypeVar("T")
 
 
 def progress(items: Iterable[T], what: str, unit: str) -> Iterator[T]:
-    """Iterate with a bar on stderr that shows the time left; silent when stderr is not a terminal."""
-    if not sys.stderr.isatty():
+    """Iterate with a bar on stderr that shows the time left; silent when stderr is not a terminal, or over one item."""
+    total = len(items) if isinstance(items, Sized) else None
+    if not sys.stderr.isatty() or total == 1:
         yield from items
         return
     from tqdm import tqdm
 
-    total = len(items) if isinstance(items, Sized) else None
     # `delay`: nothing flashes up for work that is done within two seconds.
     yield from tqdm(items, desc=what, unit=unit, total=total, delay=2.0, dynamic_ncols=True, leave=False)
 

@@ -24,6 +24,7 @@ pub(crate) fn to_python(error: impl Into<Error>) -> PyErr {
     let name = match &error {
         Error::Preset(_) | Error::SeedPreset { .. } => "PresetError",
         Error::Rate { .. } => "BudgetError",
+        Error::FactorCount { .. } | Error::Factor { .. } => "CalibrationError",
         Error::Codec(inner)
         | Error::Cache(CacheError::Codec(inner))
         | Error::Calib(CalibError::Codec(inner)) => match inner {

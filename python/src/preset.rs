@@ -160,6 +160,18 @@ impl Preset {
         py.detach(|| kvlathe::with_bits(&self.0, bits_per_value)).map(Self).map_err(to_python)
     }
 
+    /// What coding each layer's keys and its values is expected to cost at this rate, nats a token.
+    fn expected_costs(&self) -> PyResult<Vec<(f64, f64)>> {
+        let costs = kvlathe::expected_costs(&self.0).map_err(to_python)?;
+        Ok(costs.into_iter().map(|[key, value]| (key, value)).collect())
+    }
+
+    /// The same calibration, without a rate, with the importances of each layer's keys and values times a factor.
+    fn with_cost_factors(&self, factors: Vec<(f64, f64)>) -> PyResult<Self> {
+        let factors: Vec<[f64; 2]> = factors.into_iter().map(|(key, value)| [key, value]).collect();
+        kvlathe::with_cost_factors(&self.0, &factors).map(Self).map_err(to_python)
+    }
+
     /// The same preset with what was measured of it (a JSON object).
     fn with_measured(&self, measured_json: &str) -> PyResult<Self> {
         let Value::Object(measured) = parse(measured_json, "what was measured")? else {

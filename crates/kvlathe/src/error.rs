@@ -38,6 +38,22 @@ pub enum Error {
         /// Side information a value.
         least: f64,
     },
+    /// Cost factors of another number of layers.
+    #[error("there are cost factors of {given} layers, the preset has {expected}")]
+    FactorCount {
+        /// Layers of the factors.
+        given: usize,
+        /// Layers of the preset.
+        expected: usize,
+    },
+    /// A cost factor that is none.
+    #[error("a cost factor of layer {layer} is {given}, expected a finite number above 0")]
+    Factor {
+        /// Which layer.
+        layer: usize,
+        /// The factor.
+        given: f64,
+    },
 }
 
 /// The result of an operation of the facade.

@@ -1,0 +1,81 @@
+"""What coding a layer really costs, measured end to end.
+
+Importances come from gradients: they take errors for small and for independent from token to token. Errors in keys partly
+cancel in the softmax, those in values partly add up, and by how much differs from layer to layer. So the keys of each
+layer, and then its values, are coded alone, the KL divergence from the exact model is measured, and importances are
+multiplied by measured over expected cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ._two_sided_kernel import Coder
+from .cache import CompressedDynamicCache
+from .errors import CalibrationError
+from .evaluation import Evaluator, coders
+from .preset import Preset
+from .progress import progress
+from .replay import Replay
+
+# Coarse enough for a layer's cost to stand out from rounding, fine enough to be near the rates in use.
+_PROBED_BITS = 2.25
+# A layer that seems to cost less than a tenth of what is expected, or more than ten times, is not believed.
+_LARGEST_FACTOR = 10.0
+
+
+def cost_factors(
+    model: PreTrainedModel, preset: Preset, windows: Sequence[Tensor], *, tail: int
+) -> list[tuple[float, float]]:
+    """Measured over expected cost of each layer's keys and of its values, at 2.25 bits a value.
+
+    Two passes a layer and window, each on average through half of the layers.
+
+    Args:
+        model: in float32; narrower types round by more than a layer's cost.
+        preset: a calibration of this model.
+        windows: LongTensors [T], of the kind of text that was calibrated on.
+        tail: latest tokens that a query reads exactly.
+
+    Returns:
+        One pair a layer, each within a factor of ten from 1.
+
+    Raises:
+        CalibrationError: a cost that is not finite.
+    """
+    probed = preset.with_bits(max(_PROBED_BITS, preset.side_bits_per_value + 1))
+    code_keys, code_values = coders(CompressedDynamicCache.from_preset(probed))
+    expected = probed.native.expected_costs()
+    measured = torch.zeros(len(expected), 2, dtype=torch.float64)
+    steps = [(window, layer) for window in windows for layer in range(len(expected))]
+    was_training = model.training
+    model.eval()
+    try:
+        for window, layer in progress(steps, "measuring layers", "layer"):
+            if layer == 0:
+                evaluator = Evaluator(model, [window], tail=tail, n_sinks=preset.n_sinks)
+                replay = Replay(model, window)
+            with replay.before(layer):
+                measured[layer, 0] += evaluator.run(_only(code_keys, layer), None).kld
+                measured[layer, 1] += evaluator.run(None, _only(code_values, layer)).kld
+    finally:
+        model.train(was_training)
+    measured /= len(windows)
+    if not measured.isfinite().all():
+        raise CalibrationError("coding some layers alone makes the model's predictions NaN or infinite")
+    pairs = zip(measured.tolist(), expected, strict=True)
+    return [(_factor(key, costs[0]), _factor(value, costs[1])) for (key, value), costs in pairs]
+
+
+def _only(code: Coder, chosen: int) -> Coder:
+    return lambda layer, x: code(layer, x) if layer == chosen else x
+
+
+def _factor(measured: float, expected: float) -> float:
+    if expected <= 0:
+        return 1.0
+    return min(max(measured / expected, 1 / _LARGEST_FACTOR), _LARGEST_FACTOR)

@@ -1,0 +1,115 @@
+#!/usr/bin/env python3
+"""What docs/quality.md shows of a model: the table of caches, needles in haystacks, and their plots.
+
+    python scripts/measure_quality.py quality-smollm2/ --model smollm2 --text wikitext2-dev.txt
+    python scripts/measure_quality.py quality-qwen/ --model Qwen/Qwen2.5-Coder-0.5B-Instruct --text wikitext2-dev.txt \\
+        --lengths 4096 8192 16384 32768 --depths 0 0.5 1 --needles 1 --kinds number
+
+Everything lies in one folder: preset.safetensors (made by `kvlathe tune` unless it is there or `--preset` names
+others), eval.jsonl and needle.jsonl, plots/, and quality.md with the tables, the machine, versions and seeds. The same
+command goes on where an earlier one stopped. On two cores: about an hour for SmolLM2, several for Qwen2.5-0.5B.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import platform
+import sys
+import time
+from contextlib import redirect_stdout
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from kvlathe.cli import main as kvlathe
+
+_RATES = ("1.5", "2", "2.25", "3", "3.25", "4.25", "5.25")
+_NEEDLE_RATES = ("2.25", "3.25", "4.25")
+_NEEDLE_BASELINES = ("q8_0", "q4_0-hadamard", "kivi-4", "kivi-2", "turboquant-4", "turboquant-2")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="where everything goes")
+    parser.add_argument("--model", required=True, help="hub name, model folder, .gguf file, or 'smollm2'")
+    parser.add_argument("--text", required=True, nargs="+", help="text files or folders")
+    parser.add_argument("--preset", nargs="+", help="calibrated presets, instead of a new one")
+    parser.add_argument("--calibration-windows", default="24", help="of a new preset (default %(default)s)")
+    parser.add_argument("--windows", default="16", help="that judge, of 1,024 tokens (default %(default)s)")
+    parser.add_argument("--bits", nargs="+", default=_RATES, help=f"default {' '.join(_RATES)}")
+    parser.add_argument("--baselines", nargs="+", default=["all"], help="of the table (default all)")
+    needles = parser.add_argument_group("needles")
+    needles.add_argument("--lengths", nargs="+", default=["1024", "2048", "4096", "8192"])
+    needles.add_argument("--depths", nargs="+", default=["0", "0.25", "0.5", "0.75", "1"])
+    needles.add_argument("--needles", default="1", help="of each kind in a cell (default %(default)s)")
+    needles.add_argument("--kinds", nargs="+", default=["number", "fact"])
+    needles.add_argument("--needle-dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--seed", default="0")
+    return parser.parse_args()
+
+
+def machine() -> str:
+    """The processor, threads and versions, as a sentence."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    versions = ", ".join(f"{name} {version(name)}" for name in ("kvlathe", "torch", "transformers"))
+    return (
+        f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; "
+        f"Python {platform.python_version()}, {versions}"
+    )
+
+
+def run(*command: str | Path) -> str:
+    """What a command prints, after its progress has gone to stderr.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    printed = io.StringIO()
+    words = [str(word) for word in command]
+    print("$ kvlathe " + " ".join(words), file=sys.stderr)
+    start = time.perf_counter()
+    with redirect_stdout(printed):
+        status = kvlathe(words)
+    if status != 0:
+        raise SystemExit(status)
+    seconds = time.perf_counter() - start
+    return f"```text\nkvlathe {' '.join(words)}\n```\n\n{printed.getvalue().strip()}\n\n{seconds:.0f} seconds.\n"
+
+
+def main() -> int:
+    asked = arguments()
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    model = ("--model", asked.model)
+    text = ("--text", *asked.text, "--seed", asked.seed)
+    pages = [f"# Quality of {asked.model}\n", machine() + f"; seed {asked.seed}.\n"]
+
+    presets = asked.preset or [asked.folder / "preset.safetensors"]
+    if not asked.preset and not presets[0].exists():
+        windows = ("--calibration-windows", asked.calibration_windows)
+        pages.append(run("tune", *model, *text, "--target-ppl-delta", "0.01", *windows, "--output", presets[0]))
+    presets = ["--preset", *presets]
+
+    output = ("--output", asked.folder / "eval.jsonl", "--plots", asked.folder / "plots")
+    rates = ("--bits", *asked.bits, "--windows", asked.windows, "--baselines", *asked.baselines)
+    pages.append(run("eval", *model, *text, *presets, *rates, *output))
+
+    output = ("--output", asked.folder / "needle.jsonl", "--plots", asked.folder / "plots")
+    caches = ("--bits", *_NEEDLE_RATES, "--baselines", *_NEEDLE_BASELINES, "--dtype", asked.needle_dtype)
+    cells = ("--lengths", *asked.lengths, "--depths", *asked.depths, "--needles", asked.needles)
+    pages.append(run("needle", *model, *text, *presets, *caches, *cells, "--kinds", *asked.kinds, *output))
+
+    page = asked.folder / "quality.md"
+    page.write_text("\n".join(pages), encoding="utf-8")
+    print(f"Wrote {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
