@@ -14,7 +14,7 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import CorpusError
@@ -49,13 +49,11 @@ class Corpus:
     Attributes:
         calibration: documents to calibrate on.
         held_out: documents to judge on.
-        is_stand_in: nobody named it; the text to come may be of another kind.
     """
 
     name: str
     calibration: tuple[Document, ...]
     held_out: tuple[Document, ...]
-    is_stand_in: bool = False
 
     def __post_init__(self) -> None:
         both = {d.name for d in self.calibration} & {d.name for d in self.held_out}
@@ -178,10 +176,7 @@ def default_corpus(
         raise CorpusError(
             f"this Python carries no documentation topics and no library sources (looked in {root})"
         )
-    corpus = Corpus.from_documents(
-        "cpython", documents, seed=seed, calibration_fraction=calibration_fraction
-    )
-    return replace(corpus, is_stand_in=True)
+    return Corpus.from_documents("cpython", documents, seed=seed, calibration_fraction=calibration_fraction)
 
 
 def _sections(name: str, text: str) -> list[Document]:

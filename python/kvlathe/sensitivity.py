@@ -8,6 +8,7 @@ multiplied by measured over expected cost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,13 +26,16 @@ from .replay import Replay
 # Coarse enough for a layer's cost to stand out from rounding, fine enough to be near the rates in use.
 _PROBED_BITS = 2.25
 # A layer that seems to cost less than a tenth of what is expected, or more than ten times, is not believed.
-_LARGEST_FACTOR = 10.0
+_LARGEST_RATIO = 10.0
+# One window is believed halfway, in logarithms: other text has other costs. The whole ratio wins little more on text of
+# the window's kind, and loses on other text.
+_TRUST = 0.5
 
 
 def cost_factors(
     model: PreTrainedModel, preset: Preset, windows: Sequence[Tensor], *, tail: int
 ) -> list[tuple[float, float]]:
-    """Measured over expected cost of each layer's keys and of its values, at 2.25 bits a value.
+    """√(measured / expected) cost of each layer's keys and of its values, at 2.25 bits a value.
 
     Two passes a layer and window, each on average through half of the layers.
 
@@ -42,7 +46,7 @@ def cost_factors(
         tail: latest tokens that a query reads exactly.
 
     Returns:
-        One pair a layer, each within a factor of ten from 1.
+        One pair a layer, each from 1/√10 to √10.
 
     Raises:
         CalibrationError: a cost that is not finite.
@@ -50,7 +54,7 @@ def cost_factors(
     probed = preset.with_bits(max(_PROBED_BITS, preset.side_bits_per_value + 1))
     code_keys, code_values = coders(CompressedDynamicCache.from_preset(probed))
     expected = probed.native.expected_costs()
-    measured = torch.zeros(len(expected), 2, dtype=torch.float64)
+    logarithms = torch.zeros(len(expected), 2, dtype=torch.float64)
     steps = [(window, layer) for window in windows for layer in range(len(expected))]
     was_training = model.training
     model.eval()
@@ -60,22 +64,30 @@ def cost_factors(
                 evaluator = Evaluator(model, [window], tail=tail, n_sinks=preset.n_sinks)
                 replay = Replay(model, window)
             with replay.before(layer):
-                measured[layer, 0] += evaluator.run(_only(code_keys, layer), None).kld
-                measured[layer, 1] += evaluator.run(None, _only(code_values, layer)).kld
+                costs = (
+                    evaluator.run(_only(code_keys, layer), None).kld,
+                    evaluator.run(None, _only(code_values, layer)).kld,
+                )
+            ratios = [_ratio(cost, of) for cost, of in zip(costs, expected[layer], strict=True)]
+            logarithms[layer] += torch.tensor(ratios, dtype=torch.float64).log()
     finally:
         model.train(was_training)
-    measured /= len(windows)
-    if not measured.isfinite().all():
+    if not logarithms.isfinite().all():
         raise CalibrationError("coding some layers alone makes the model's predictions NaN or infinite")
-    pairs = zip(measured.tolist(), expected, strict=True)
-    return [(_factor(key, costs[0]), _factor(value, costs[1])) for (key, value), costs in pairs]
+    factors = (logarithms * (_TRUST / len(windows))).exp()
+    return [(float(key), float(value)) for key, value in factors]
 
 
 def _only(code: Coder, chosen: int) -> Coder:
     return lambda layer, x: code(layer, x) if layer == chosen else x
 
 
-def _factor(measured: float, expected: float) -> float:
+def _ratio(measured: float, expected: float) -> float:
+    """Measured over expected, within `_LARGEST_RATIO`; NaN stays NaN."""
     if expected <= 0:
         return 1.0
-    return min(max(measured / expected, 1 / _LARGEST_FACTOR), _LARGEST_FACTOR)
+    return (
+        math.nan
+        if math.isnan(measured)
+        else min(max(measured / expected, 1 / _LARGEST_RATIO), _LARGEST_RATIO)
+    )

@@ -43,9 +43,9 @@ class TuneOptions:
         window: tokens of a window of text.
         calibration_windows, evaluation_windows, verification_windows: how many to calibrate, to search and to verify
             on; from different documents.
-        sampled_windows: how many of the calibration's windows the model writes itself, 0 to `calibration_windows`;
-            None for half of them with the default corpus, where they make up for the text to come being of another
-            kind, and none with other text. See `kvlathe.sampled_text.sampled_windows`.
+        sampled_windows: how many of the calibration's windows the model writes itself, 0 to `calibration_windows`.
+            Half of them make up for a corpus of another kind than the text to come, but writing takes a while without
+            a GPU; see `kvlathe.sampled_text.sampled_windows`.
         confidence: the budget must hold for the one-sided bootstrap bound of this confidence, not for the mean.
         calibration: how to calibrate. Its seed also chooses windows.
     """
@@ -54,7 +54,7 @@ class TuneOptions:
     target_kld: float | None = None
     window: int = 1024
     calibration_windows: int = 32
-    sampled_windows: int | None = None
+    sampled_windows: int = 0
     evaluation_windows: int = 12
     verification_windows: int = 12
     confidence: float = 0.95
@@ -68,7 +68,7 @@ class TuneOptions:
                 raise BudgetError(
                     f"{name} is {value}, expected a positive number (0.05 stands for +5 % perplexity)"
                 )
-        if self.sampled_windows is not None and not 0 <= self.sampled_windows <= self.calibration_windows:
+        if not 0 <= self.sampled_windows <= self.calibration_windows:
             raise CorpusError(
                 f"sampled_windows is {self.sampled_windows}, expected 0 to {self.calibration_windows}: they are "
                 "part of calibration_windows"
@@ -228,8 +228,6 @@ def calibrate_on(
         CalibrationError, ModelError: see `calibrate`.
     """
     seed, n_sampled = options.calibration.seed, options.sampled_windows
-    if n_sampled is None:
-        n_sampled = options.calibration_windows // 2 if corpus.is_stand_in else 0
     n_read = options.calibration_windows - n_sampled
     text = windows(tokenizer, corpus.calibration, options.window, n_read, seed) if n_read else []
     text_name = corpus.name

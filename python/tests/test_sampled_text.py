@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from cache_helpers import model_of
-from kvlathe import CalibrationOptions, CorpusError, TuneOptions, default_corpus
+from kvlathe import CalibrationOptions, CorpusError, TuneOptions
 from kvlathe.corpus import Corpus, Document
 from kvlathe.sampled_text import sampled_windows
 from kvlathe.tuning import calibrate_on
@@ -84,18 +83,6 @@ def test_a_calibration_says_what_it_read(n_sampled: int, said: str) -> None:
     calibration = preset.meta["kvlathe"]["calibration"]
     assert calibration["text"] == said
     assert calibration["n_tokens"] == 6 * 64
-
-
-@pytest.mark.parametrize(("is_stand_in", "said"), [(True, "words and the model's own"), (False, "words")])
-def test_half_is_the_models_own_where_nobody_named_a_text(is_stand_in: bool, said: str) -> None:
-    documents = [Document(f"document {i}", f"seven mice ran from house {i} " * 12) for i in range(12)]
-    corpus = replace(Corpus.from_documents("words", documents), is_stand_in=is_stand_in)
-    options = TuneOptions(
-        window=64, calibration_windows=6, calibration=CalibrationOptions(tail=8, block_len=8)
-    )
-    calibration = calibrate_on(model_of("llama"), Numbers(), corpus, options).meta["kvlathe"]["calibration"]
-    assert (calibration["text"], calibration["n_tokens"]) == (said, 6 * 64)
-    assert default_corpus(characters=10_000).is_stand_in
 
 
 @pytest.mark.parametrize("n_sampled", [-1, 7])

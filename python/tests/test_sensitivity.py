@@ -45,7 +45,7 @@ def test_a_pass_from_the_middle_ends_as_a_whole_one(name: str) -> None:
     assert not torch.equal(other, exact), "after the block the model computes again"
 
 
-def test_factors_are_measured_over_expected_cost() -> None:
+def test_factors_are_roots_of_measured_over_expected_cost() -> None:
     model, (window,) = tiny("llama"), random_windows(1, seed=5)
     preset = calibrated("llama", cost_windows=0)
     factors = cost_factors(model, preset, [window], tail=16)
@@ -56,7 +56,7 @@ def test_factors_are_measured_over_expected_cost() -> None:
         key = evaluator.run(lambda at, x, one=layer: keys(at, x) if at == one else x, None).kld
         value = evaluator.run(None, lambda at, x, one=layer: values(at, x) if at == one else x).kld
         for factor, ratio in zip(factors[layer], (key / expected_key, value / expected_value), strict=True):
-            assert factor == pytest.approx(min(max(ratio, 0.1), 10.0), rel=1e-4)
+            assert factor == pytest.approx(min(max(ratio, 0.1), 10.0) ** 0.5, rel=1e-4)
 
 
 def test_calibration_multiplies_importances_and_records_it() -> None:

@@ -39,7 +39,9 @@ pub fn with_cost_factors(preset: &Preset, factors: &[[f64; 2]]) -> Result<Preset
         return Err(Error::FactorCount { given: factors.len(), expected: preset.layers().len() });
     }
     let mut preset = preset.clone();
-    for (layer, (LayerPreset { key, value, .. }, factors)) in preset.layers.iter_mut().zip(factors).enumerate() {
+    for (layer, (LayerPreset { key, value, .. }, factors)) in
+        preset.layers.iter_mut().zip(factors).enumerate()
+    {
         for (side, &factor) in [key, value].into_iter().zip(factors) {
             if !(factor > 0.0 && factor.is_finite()) {
                 return Err(Error::Factor { layer, given: factor });

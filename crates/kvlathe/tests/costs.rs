@@ -40,9 +40,10 @@ fn factors_scale_costs_and_are_recorded() {
     assert_eq!(lathe.calibration["cost_factors"], serde_json::json!(factors));
     // Without bits a cost is the sum of importances.
     let sum = |values: &[f32]| values.iter().map(|v| f64::from(*v)).sum::<f64>();
-    for ((costs, factors), layer) in expected_costs(&scaled).unwrap().iter().zip(&factors).zip(preset.layers()) {
-        for (cost, factor, side) in
-            [(costs[0], factors[0], &layer.key), (costs[1], factors[1], &layer.value)]
+    for ((costs, factors), layer) in
+        expected_costs(&scaled).unwrap().iter().zip(&factors).zip(preset.layers())
+    {
+        for (cost, factor, side) in [(costs[0], factors[0], &layer.key), (costs[1], factors[1], &layer.value)]
         {
             let expected: f64 = side.streams.iter().map(|s| sum(&s.importance)).sum::<f64>() * factor;
             assert!((cost - expected).abs() <= 1e-6 * expected, "{cost} {expected}");

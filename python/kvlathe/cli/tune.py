@@ -62,8 +62,9 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--sampled-windows",
         type=int,
+        default=0,
         help="how many of these the model writes itself; half of them is best where --text is not what the preset will "
-        "meet (default: half without --text, none with it)",
+        "meet (default %(default)s, writing takes a while without a GPU)",
     )
     text.add_argument("--evaluation-windows", type=count, default=12, help="default %(default)s")
     text.add_argument("--verification-windows", type=count, default=12, help="default %(default)s")
