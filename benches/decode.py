@@ -41,21 +41,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--preset", type=Path, default=smollm2())
     parser.add_argument("--bits", type=float, nargs="+", default=[2.25, 3.25, 4.25])
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 2048, 8000])
-    parser.add_argument(
-        "--only-ours",
-        type=int,
-        nargs="*",
-        default=[],
-        help="contexts for our cache alone",
-    )
-    parser.add_argument(
-        "--quantized",
-        action="store_true",
-        help="also transformers' QuantizedCache (fp8)",
-    )
-    parser.add_argument(
-        "--steps", type=int, default=5, help="of each of the four rounds"
-    )
+    parser.add_argument("--only-ours", type=int, nargs="*", default=[], help="contexts for our cache alone")
+    parser.add_argument("--quantized", action="store_true", help="also transformers' QuantizedCache (fp8)")
+    parser.add_argument("--steps", type=int, default=5, help="of each of the four rounds")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     parser.add_argument("--plot", type=Path, help="draw them")
     return parser.parse_args()
@@ -67,11 +55,7 @@ Shape = tuple[int, int, int]
 
 def shape_of(preset: Preset) -> Shape:
     """The shape of the caches that a preset is for."""
-    return (
-        preset.n_layers,
-        preset.meta["kvlathe"]["n_kv_heads"],
-        preset.meta["head_dim"],
-    )
+    return preset.n_layers, preset.meta["kvlathe"]["n_kv_heads"], preset.meta["head_dim"]
 
 
 def fill(cache: Cache, n_tokens: int, shape: Shape, dtype: torch.dtype) -> Cache:
@@ -82,8 +66,7 @@ def fill(cache: Cache, n_tokens: int, shape: Shape, dtype: torch.dtype) -> Cache
         n = min(FILL_TOKENS, n_tokens - start)
         for layer in range(n_layers):
             keys, values = (
-                torch.randn((1, n_heads, n, head_dim), generator=generator).to(dtype)
-                for _ in range(2)
+                torch.randn((1, n_heads, n, head_dim), generator=generator).to(dtype) for _ in range(2)
             )
             cache.update(keys, values, layer)
     return cache
@@ -92,9 +75,7 @@ def fill(cache: Cache, n_tokens: int, shape: Shape, dtype: torch.dtype) -> Cache
 class Contender:
     """A model in some number format with a way to make caches."""
 
-    def __init__(
-        self, model: Any, make: Callable[[], Cache], attached: bool = False
-    ) -> None:
+    def __init__(self, model: Any, make: Callable[[], Cache], attached: bool = False) -> None:
         self.model, self.make, self.attached = model, make, attached
 
     def filled(self, n_tokens: int, shape: Shape) -> Cache:
@@ -125,27 +106,18 @@ def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
         return lambda: CompressedDynamicCache.from_preset(preset, uncompressed_tail=128)
 
     middle = arguments.bits[len(arguments.bits) // 2]
-    found[f"ours {middle:g} float32"] = Contender(
-        in_float32, compressed(middle), attached=True
-    )
+    found[f"ours {middle:g} float32"] = Contender(in_float32, compressed(middle), attached=True)
     for bits in arguments.bits:
-        found[f"ours {bits:g}"] = Contender(
-            in_bfloat16, compressed(bits), attached=True
-        )
+        found[f"ours {bits:g}"] = Contender(in_bfloat16, compressed(bits), attached=True)
     if arguments.quantized:
         found["HF fp8"] = Contender(
-            in_bfloat16,
-            lambda: QuantizedCache(backend="fp8", config=in_bfloat16.config),
+            in_bfloat16, lambda: QuantizedCache(backend="fp8", config=in_bfloat16.config)
         )
     return found
 
 
-def measure(
-    running: dict[str, Contender], n_tokens: int, shape: Shape, n_steps: int
-) -> dict[str, float]:
-    caches = {
-        name: contender.filled(n_tokens, shape) for name, contender in running.items()
-    }
+def measure(running: dict[str, Contender], n_tokens: int, shape: Shape, n_steps: int) -> dict[str, float]:
+    caches = {name: contender.filled(n_tokens, shape) for name, contender in running.items()}
     times: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(N_ROUNDS):
         for name, contender in running.items():
@@ -166,11 +138,7 @@ def draw(results: dict[str, dict[int, float]], title: str, path: Path) -> None:
         style = "o-" if name.startswith("ours") else "s--"
         axes.plot(list(by_context), list(by_context.values()), style, label=name)
     axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="tokens in the cache",
-        ylabel="ms a decoded token",
-        title=title,
+        xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="ms a decoded token", title=title
     )
     ticks = sorted({n for by_context in results.values() for n in by_context})
     axes.set_xticks(ticks, [f"{n // 1000}K" if n >= 1000 else str(n) for n in ticks])
@@ -193,10 +161,7 @@ def main() -> int:
             if contender.attached or n_tokens in arguments.contexts
         }
         medians = measure(chosen, n_tokens, shape_of(preset), arguments.steps)
-        cells = [
-            f"{medians[name]:18.1f}" if name in medians else f"{'':>18}"
-            for name in running
-        ]
+        cells = [f"{medians[name]:18.1f}" if name in medians else f"{'':>18}" for name in running]
         print(f"{n_tokens:>8} " + " ".join(cells), flush=True)
         for name, ms in medians.items():
             results[name][n_tokens] = ms
@@ -206,15 +171,9 @@ def main() -> int:
     )
     print(machine)
     if arguments.output:
-        arguments.output.write_text(
-            json.dumps({"machine": machine, "ms_a_token": results}, indent=1)
-        )
+        arguments.output.write_text(json.dumps({"machine": machine, "ms_a_token": results}, indent=1))
     if arguments.plot:
-        draw(
-            results,
-            f"{preset.meta['model']}, {torch.get_num_threads()} threads",
-            arguments.plot,
-        )
+        draw(results, f"{preset.meta['model']}, {torch.get_num_threads()} threads", arguments.plot)
     return 0
 
 

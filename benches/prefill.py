@@ -74,9 +74,7 @@ def run(arguments: argparse.Namespace) -> dict[str, float]:
     cache: DynamicCache = DynamicCache()
     if ours:
         preset = Preset.load(arguments.preset).with_bits(arguments.bits)
-        cache = CompressedDynamicCache.from_preset(
-            preset, model=model, uncompressed_tail=128
-        )
+        cache = CompressedDynamicCache.from_preset(preset, model=model, uncompressed_tail=128)
         attach(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(100, 20000, (1, arguments.tokens), generator=generator)
@@ -104,13 +102,9 @@ def main() -> int:
     for _ in range(arguments.rounds):
         for name in names:
             command = [sys.executable, __file__, *sys.argv[1:], "--contender", name]
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, text=True, check=True
-            )
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             results[name].append(json.loads(done.stdout.splitlines()[-1]))
-    print(
-        f"{arguments.tokens} tokens, {arguments.dtype}, {torch.get_num_threads()} threads"
-    )
+    print(f"{arguments.tokens} tokens, {arguments.dtype}, {torch.get_num_threads()} threads")
     print(f"{'':>28} {'seconds':>8} {'of stock':>9} {'peak MB':>8} {'of stock':>9}")
     best = {
         name: {key: min(run[key] for run in runs) for key in ("seconds", "peak_mb")}

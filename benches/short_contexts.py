@@ -40,14 +40,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def ratios(
-    stock: Contender, ours: Contender, n_tokens: int, shape: Shape, n_rounds: int
-) -> list[float]:
+def ratios(stock: Contender, ours: Contender, n_tokens: int, shape: Shape, n_rounds: int) -> list[float]:
     """Our time over stock's, a figure a round."""
-    pair = [
-        (detach, stock, stock.filled(n_tokens, shape)),
-        (attach, ours, ours.filled(n_tokens, shape)),
-    ]
+    pair = [(detach, stock, stock.filled(n_tokens, shape)), (attach, ours, ours.filled(n_tokens, shape))]
     found = []
     for round_ in range(n_rounds):
         times: dict[int, list[float]] = {0: [], 1: []}

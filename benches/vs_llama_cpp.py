@@ -27,26 +27,18 @@ from pathlib import Path
 from typing import Any
 
 SEED_TOKENS = 2048
-CACHE_TYPES = {
-    "f16": "GGML_TYPE_F16",
-    "q8_0": "GGML_TYPE_Q8_0",
-    "q4_0": "GGML_TYPE_Q4_0",
-}
+CACHE_TYPES = {"f16": "GGML_TYPE_F16", "q8_0": "GGML_TYPE_Q8_0", "q4_0": "GGML_TYPE_Q4_0"}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model", help="a folder, GGUF file or hub name for transformers"
-    )
+    parser.add_argument("--model", help="a folder, GGUF file or hub name for transformers")
     parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
     parser.add_argument("--preset", type=Path, help="a preset for the model")
     parser.add_argument("--bits", type=float, nargs="+", default=[2.25, 3.25, 4.25])
-    parser.add_argument(
-        "--contexts", type=int, nargs="+", default=[128, 2048, 8192, 16384, 32768]
-    )
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 2048, 8192, 16384, 32768])
     parser.add_argument("--steps", type=int, default=11)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
@@ -108,10 +100,7 @@ def repeated_state(state: bytes, n_tokens: int) -> bytes:
         rows = bytes(view[at : at + n_cells * row_bytes])
         at += n_cells * row_bytes
         repeats = -(-n_tokens // n_cells)
-        out.append(
-            struct.pack("<iQ", kind, row_bytes)
-            + (rows * repeats)[: n_tokens * row_bytes]
-        )
+        out.append(struct.pack("<iQ", kind, row_bytes) + (rows * repeats)[: n_tokens * row_bytes])
     return b"".join(out)
 
 
@@ -121,9 +110,7 @@ def run_llama(arguments: argparse.Namespace) -> dict[str, dict[int, float]]:
     llama.llama_backend_init()
     silent = llama.llama_log_callback(lambda *_: None)
     llama.llama_log_set(silent, None)
-    model = llama.llama_model_load_from_file(
-        str(arguments.gguf).encode(), llama.llama_model_default_params()
-    )
+    model = llama.llama_model_load_from_file(str(arguments.gguf).encode(), llama.llama_model_default_params())
     results: dict[str, dict[int, float]] = {}
     for name, kind in CACHE_TYPES.items():
         params = llama.llama_context_default_params()
@@ -148,9 +135,7 @@ def run_llama(arguments: argparse.Namespace) -> dict[str, dict[int, float]]:
             llama.llama_memory_clear(memory, True)
             state = repeated_state(seed, n_tokens)
             loaded = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-            if llama.llama_state_seq_set_data(context, loaded, len(state), 0) != len(
-                state
-            ):
+            if llama.llama_state_seq_set_data(context, loaded, len(state), 0) != len(state):
                 raise SystemExit("llama.cpp refused the state")
 
             def step(n_tokens: int = n_tokens) -> None:
@@ -161,10 +146,7 @@ def run_llama(arguments: argparse.Namespace) -> dict[str, dict[int, float]]:
                 llama.llama_memory_seq_rm(memory, 0, n_tokens, -1)  # noqa: B023
 
             results[name][n_tokens] = median_ms(step, arguments.steps)
-            print(
-                f"  llama.cpp {name:>5} {n_tokens:>6}: {results[name][n_tokens]:8.1f} ms",
-                file=sys.stderr,
-            )
+            print(f"  llama.cpp {name:>5} {n_tokens:>6}: {results[name][n_tokens]:8.1f} ms", file=sys.stderr)
         llama.llama_free(context)
     return results
 
@@ -193,22 +175,14 @@ def run_ours(arguments: argparse.Namespace) -> dict[str, dict[int, float]]:
 
         def step(n_tokens: int) -> None:
             with torch.no_grad():
-                model(
-                    input_ids=torch.tensor([[1000]]), past_key_values=caches[n_tokens]
-                )  # noqa: B023
+                model(input_ids=torch.tensor([[1000]]), past_key_values=caches[n_tokens])  # noqa: B023
             caches[n_tokens].crop(-1)  # noqa: B023
 
         # Whole steps are long beside what is looked for: contexts take turns, and differences are paired.
-        rounds = [
-            {n: median_ms(partial(step, n), 1) for n in caches}
-            for _ in range(arguments.steps)
-        ]
+        rounds = [{n: median_ms(partial(step, n), 1) for n in caches} for _ in range(arguments.steps)]
         base = statistics.median(times[arguments.contexts[0]] for times in rounds)
         results[name] = {
-            n: base
-            + statistics.median(
-                times[n] - times[arguments.contexts[0]] for times in rounds
-            )
+            n: base + statistics.median(times[n] - times[arguments.contexts[0]] for times in rounds)
             for n in caches
         }
         for n_tokens, ms in results[name].items():
@@ -235,11 +209,7 @@ def main() -> int:
         arguments.output.write_text(json.dumps(results, indent=1))
     contexts = [str(n) for n in arguments.contexts]
     base = contexts[0]
-    print(
-        "| cache | "
-        + " | ".join(f"+{int(n):,}" for n in contexts[1:])
-        + f" | whole step at {base} |"
-    )
+    print("| cache | " + " | ".join(f"+{int(n):,}" for n in contexts[1:]) + f" | whole step at {base} |")
     print("|---|" + "---|" * len(contexts))
     for name, by_context in results.items():
         parts = [f"{by_context[n] - by_context[base]:.1f}" for n in contexts[1:]]

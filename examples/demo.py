@@ -43,32 +43,15 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--recalibrate",
-        action="store_true",
-        help="calibrate and tune from scratch first (about 10 minutes)",
+        "--recalibrate", action="store_true", help="calibrate and tune from scratch first (about 10 minutes)"
     )
+    parser.add_argument("--text", type=Path, help="a text file to use instead of this Python's documentation")
     parser.add_argument(
-        "--text",
-        type=Path,
-        help="a text file to use instead of this Python's documentation",
+        "--context", type=int, default=3000, help="tokens of the prompt (default %(default)s)"
     )
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate (default %(default)s)")
     parser.add_argument(
-        "--context",
-        type=int,
-        default=3000,
-        help="tokens of the prompt (default %(default)s)",
-    )
-    parser.add_argument(
-        "--new-tokens",
-        type=int,
-        default=32,
-        help="tokens to generate (default %(default)s)",
-    )
-    parser.add_argument(
-        "--evaluation-windows",
-        type=int,
-        default=6,
-        help="windows of 1024 tokens (default %(default)s)",
+        "--evaluation-windows", type=int, default=6, help="windows of 1024 tokens (default %(default)s)"
     )
     return parser.parse_args()
 
@@ -78,19 +61,11 @@ def say(message: str) -> None:
 
 
 def recalibrated_preset(model: Any, tokenizer: Any, corpus: Any) -> Preset:
-    say(
-        "calibrating and tuning from scratch: at most +1 % perplexity and a KLD of 0.005"
-    )
+    say("calibrating and tuning from scratch: at most +1 % perplexity and a KLD of 0.005")
     options = TuneOptions(target_ppl_delta=0.01, target_kld=0.005)
     say(CURVE_HEADER)
     result = tune(
-        model,
-        tokenizer,
-        corpus,
-        options,
-        name=MODEL,
-        on_note=say,
-        on_point=lambda p: say(format_point(p)),
+        model, tokenizer, corpus, options, name=MODEL, on_note=say, on_point=lambda p: say(format_point(p))
     )
     return result.preset
 
@@ -115,11 +90,7 @@ def generate(
     cache.crop(ids.shape[1] - 1 - cache.get_seq_length())
     start = time.perf_counter()
     output = model.generate(
-        input_ids=ids,
-        past_key_values=cache,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        pad_token_id=0,
+        input_ids=ids, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
     )
     seconds = time.perf_counter() - start
     new = output[0, ids.shape[1] :]
@@ -131,10 +102,7 @@ def wrap(text: str, width: int = 96) -> str:
 
     return "\n".join(
         textwrap.fill(
-            " ".join(text.split()),
-            width,
-            initial_indent="    ",
-            subsequent_indent="    ",
+            " ".join(text.split()), width, initial_indent="    ", subsequent_indent="    "
         ).splitlines()
     )
 
@@ -143,16 +111,12 @@ def main() -> int:
     arguments = parse_arguments()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    say(
-        "loading SmolLM2-135M-Instruct (the first time it is converted from GGUF, about a minute)"
-    )
+    say("loading SmolLM2-135M-Instruct (the first time it is converted from GGUF, about a minute)")
     loaded = load_model(MODEL)
     model, tokenizer = loaded.model, loaded.tokenizer
     corpus = corpus_from_files(arguments.text) if arguments.text else default_corpus()
     preset = (
-        recalibrated_preset(model, tokenizer, corpus)
-        if arguments.recalibrate
-        else Preset.load(smollm2())
+        recalibrated_preset(model, tokenizer, corpus) if arguments.recalibrate else Preset.load(smollm2())
     )
     preset.check_model(model.config)
     say(
@@ -165,33 +129,21 @@ def main() -> int:
     question = torch.tensor(tokenizer(QUESTION, add_special_tokens=False).input_ids)
     ids = torch.cat([prompt[: context - len(question)], question])[None]
 
-    say(
-        f"generating {arguments.new_tokens} tokens after a prompt of {ids.shape[1]}: stock cache"
-    )
+    say(f"generating {arguments.new_tokens} tokens after a prompt of {ids.shape[1]}: stock cache")
     stock_cache = DynamicCache()
-    stock_new, stock_prefill, stock_ms = generate(
-        model, ids, stock_cache, arguments.new_tokens
-    )
+    stock_new, stock_prefill, stock_ms = generate(model, ids, stock_cache, arguments.new_tokens)
     stock_bytes = sum(
-        t.numel() * t.element_size()
-        for layer in stock_cache.layers
-        for t in (layer.keys, layer.values)
+        t.numel() * t.element_size() for layer in stock_cache.layers for t in (layer.keys, layer.values)
     )
     say("the same with the compressed cache")
-    cache = CompressedDynamicCache.from_preset(
-        preset, model=model, uncompressed_tail=128
-    )
+    cache = CompressedDynamicCache.from_preset(preset, model=model, uncompressed_tail=128)
     attach(model)
     our_new, our_prefill, our_ms = generate(model, ids, cache, arguments.new_tokens)
     detach(model)
     stats = cache.get_memory_stats()
 
-    say(
-        f"measuring quality on {arguments.evaluation_windows} held-out windows of 1024 tokens"
-    )
-    evaluation = windows(
-        tokenizer, corpus.held_out, 1024, arguments.evaluation_windows, seed=2
-    )
+    say(f"measuring quality on {arguments.evaluation_windows} held-out windows of 1024 tokens")
+    evaluation = windows(tokenizer, corpus.held_out, 1024, arguments.evaluation_windows, seed=2)
     evaluator = Evaluator(model, evaluation, tail=128, n_sinks=preset.n_sinks)
     quality = evaluator.run(*coders(cache))
 
@@ -221,12 +173,7 @@ def main() -> int:
             f"{quality.perplexity:.3f}",
             f"{100 * quality.ppl_delta:+.2f} %",
         ),
-        (
-            "KLD, nats",
-            "0",
-            f"{quality.kld:.5f}",
-            f"99 % of positions below {quality.kld_p99:.4f}",
-        ),
+        ("KLD, nats", "0", f"{quality.kld:.5f}", f"99 % of positions below {quality.kld_p99:.4f}"),
         ("same top-1 token", "100 %", f"{100 * quality.top1:.2f} %", ""),
         ("prefill, s", f"{stock_prefill:.1f}", f"{our_prefill:.1f}", ""),
         (
@@ -239,11 +186,7 @@ def main() -> int:
     say("")
     for name, stock, ours, note in rows:
         say(f"{name:<26}{stock:>14}{ours:>12}   {note}")
-    agreeing = (
-        int((stock_new == our_new).int().cumprod(0).sum())
-        if len(stock_new) == len(our_new)
-        else 0
-    )
+    agreeing = int((stock_new == our_new).int().cumprod(0).sum()) if len(stock_new) == len(our_new) else 0
     say(f"\nDynamicCache wrote:\n{wrap(tokenizer.decode(stock_new))}")
     say(
         f"kvlathe wrote (first {agreeing} of {len(our_new)} tokens the same):\n{wrap(tokenizer.decode(our_new))}"

@@ -23,9 +23,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("output", type=Path, help="folder for the presets")
-    parser.add_argument(
-        "--calibrated", type=Path, help="take over this preset's calibration"
-    )
+    parser.add_argument("--calibrated", type=Path, help="take over this preset's calibration")
     parser.add_argument("--calibration-windows", type=int, default=48)
     parser.add_argument("--sampled-windows", type=int, default=0)
     arguments = parser.parse_args()
@@ -40,17 +38,11 @@ def main() -> int:
         calibrated = Preset.load(arguments.calibrated)
     else:
         calibrated = calibrate_on(
-            loaded.model,
-            loaded.tokenizer,
-            corpus,
-            options,
-            name="SmolLM2-135M-Instruct",
+            loaded.model, loaded.tokenizer, corpus, options, name="SmolLM2-135M-Instruct"
         )
     tuner = Tuner(loaded.model, loaded.tokenizer, corpus, calibrated, options)
     for budget, (target_ppl_delta, target_kld) in BUDGETS.items():
-        result = tuner.fit(
-            replace(options, target_ppl_delta=target_ppl_delta, target_kld=target_kld)
-        )
+        result = tuner.fit(replace(options, target_ppl_delta=target_ppl_delta, target_kld=target_kld))
         path = arguments.output / smollm2(budget).name
         result.preset.save(path)
         print(

@@ -28,14 +28,7 @@ from kvlathe.cli import main as kvlathe
 
 _RATES = ("1.5", "2", "2.25", "3", "3.25", "4.25", "5.25")
 _NEEDLE_RATES = ("2.25", "3.25", "4.25")
-_NEEDLE_BASELINES = (
-    "q8_0",
-    "q4_0-hadamard",
-    "kivi-4",
-    "kivi-2",
-    "turboquant-4",
-    "turboquant-2",
-)
+_NEEDLE_BASELINES = ("q8_0", "q4_0-hadamard", "kivi-4", "kivi-2", "turboquant-4", "turboquant-2")
 
 
 def arguments() -> argparse.Namespace:
@@ -43,47 +36,19 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="where everything goes")
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="hub name, model folder, .gguf file, or 'smollm2'",
-    )
-    parser.add_argument(
-        "--text", required=True, nargs="+", help="text files or folders"
-    )
-    parser.add_argument(
-        "--preset", nargs="+", help="calibrated presets, instead of a new one"
-    )
-    parser.add_argument(
-        "--calibration-windows",
-        default="24",
-        help="of a new preset (default %(default)s)",
-    )
-    parser.add_argument(
-        "--windows",
-        default="16",
-        help="that judge, of 1,024 tokens (default %(default)s)",
-    )
-    parser.add_argument(
-        "--bits", nargs="+", default=_RATES, help=f"default {' '.join(_RATES)}"
-    )
-    parser.add_argument(
-        "--baselines", nargs="+", default=["all"], help="of the table (default all)"
-    )
+    parser.add_argument("--model", required=True, help="hub name, model folder, .gguf file, or 'smollm2'")
+    parser.add_argument("--text", required=True, nargs="+", help="text files or folders")
+    parser.add_argument("--preset", nargs="+", help="calibrated presets, instead of a new one")
+    parser.add_argument("--calibration-windows", default="24", help="of a new preset (default %(default)s)")
+    parser.add_argument("--windows", default="16", help="that judge, of 1,024 tokens (default %(default)s)")
+    parser.add_argument("--bits", nargs="+", default=_RATES, help=f"default {' '.join(_RATES)}")
+    parser.add_argument("--baselines", nargs="+", default=["all"], help="of the table (default all)")
     needles = parser.add_argument_group("needles")
-    needles.add_argument(
-        "--lengths", nargs="+", default=["1024", "2048", "4096", "8192"]
-    )
-    needles.add_argument(
-        "--depths", nargs="+", default=["0", "0.25", "0.5", "0.75", "1"]
-    )
-    needles.add_argument(
-        "--needles", default="1", help="of each kind in a cell (default %(default)s)"
-    )
+    needles.add_argument("--lengths", nargs="+", default=["1024", "2048", "4096", "8192"])
+    needles.add_argument("--depths", nargs="+", default=["0", "0.25", "0.5", "0.75", "1"])
+    needles.add_argument("--needles", default="1", help="of each kind in a cell (default %(default)s)")
     needles.add_argument("--kinds", nargs="+", default=["number", "fact"])
-    needles.add_argument(
-        "--needle-dtype", default="float32", choices=("float32", "bfloat16")
-    )
+    needles.add_argument("--needle-dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--seed", default="0")
     return parser.parse_args()
 
@@ -92,12 +57,8 @@ def machine() -> str:
     """The processor, threads and versions, as a sentence."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [
-        line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-    ]
-    versions = ", ".join(
-        f"{name} {version(name)}" for name in ("kvlathe", "torch", "transformers")
-    )
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    versions = ", ".join(f"{name} {version(name)}" for name in ("kvlathe", "torch", "transformers"))
     return (
         f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; "
         f"Python {platform.python_version()}, {versions}"
@@ -119,7 +80,9 @@ def run(*command: str | Path) -> str:
     if status != 0:
         raise SystemExit(status)
     seconds = time.perf_counter() - start
-    return f"```text\nkvlathe {' '.join(words)}\n```\n\n{printed.getvalue().strip()}\n\n{seconds:.0f} seconds.\n"
+    return (
+        f"```text\nkvlathe {' '.join(words)}\n```\n\n{printed.getvalue().strip()}\n\n{seconds:.0f} seconds.\n"
+    )
 
 
 def main() -> int:
@@ -133,70 +96,18 @@ def main() -> int:
     if not asked.preset and not presets[0].exists():
         windows = ("--calibration-windows", asked.calibration_windows)
         pages.append(
-            run(
-                "tune",
-                *model,
-                *text,
-                "--target-ppl-delta",
-                "0.01",
-                *windows,
-                "--output",
-                presets[0],
-            )
+            run("tune", *model, *text, "--target-ppl-delta", "0.01", *windows, "--output", presets[0])
         )
     presets = ["--preset", *presets]
 
-    output = (
-        "--output",
-        asked.folder / "eval.jsonl",
-        "--plots",
-        asked.folder / "plots",
-    )
-    rates = (
-        "--bits",
-        *asked.bits,
-        "--windows",
-        asked.windows,
-        "--baselines",
-        *asked.baselines,
-    )
+    output = ("--output", asked.folder / "eval.jsonl", "--plots", asked.folder / "plots")
+    rates = ("--bits", *asked.bits, "--windows", asked.windows, "--baselines", *asked.baselines)
     pages.append(run("eval", *model, *text, *presets, *rates, *output))
 
-    output = (
-        "--output",
-        asked.folder / "needle.jsonl",
-        "--plots",
-        asked.folder / "plots",
-    )
-    caches = (
-        "--bits",
-        *_NEEDLE_RATES,
-        "--baselines",
-        *_NEEDLE_BASELINES,
-        "--dtype",
-        asked.needle_dtype,
-    )
-    cells = (
-        "--lengths",
-        *asked.lengths,
-        "--depths",
-        *asked.depths,
-        "--needles",
-        asked.needles,
-    )
-    pages.append(
-        run(
-            "needle",
-            *model,
-            *text,
-            *presets,
-            *caches,
-            *cells,
-            "--kinds",
-            *asked.kinds,
-            *output,
-        )
-    )
+    output = ("--output", asked.folder / "needle.jsonl", "--plots", asked.folder / "plots")
+    caches = ("--bits", *_NEEDLE_RATES, "--baselines", *_NEEDLE_BASELINES, "--dtype", asked.needle_dtype)
+    cells = ("--lengths", *asked.lengths, "--depths", *asked.depths, "--needles", asked.needles)
+    pages.append(run("needle", *model, *text, *presets, *caches, *cells, "--kinds", *asked.kinds, *output))
 
     page = asked.folder / "quality.md"
     page.write_text("\n".join(pages), encoding="utf-8")

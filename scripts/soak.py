@@ -34,14 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvlathe import (
-    CompressedDynamicCache,
-    Preset,
-    attach,
-    default_corpus,
-    detach,
-    load_model,
-)
+from kvlathe import CompressedDynamicCache, Preset, attach, default_corpus, detach, load_model
 from kvlathe.presets import smollm2
 from kvlathe.token_windows import windows
 
@@ -56,17 +49,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=60.0,
-        help="processor time (default %(default)s)",
-    )
-    parser.add_argument(
-        "--conversations",
-        type=int,
-        help="run so many conversations, however long they take",
-    )
+    parser.add_argument("--minutes", type=float, default=60.0, help="processor time (default %(default)s)")
+    parser.add_argument("--conversations", type=int, help="run so many conversations, however long they take")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--preset", type=Path, default=smollm2())
@@ -77,12 +61,7 @@ def parse_arguments() -> argparse.Namespace:
         default=500,
         help="tokens after which a conversation ends (default %(default)s)",
     )
-    parser.add_argument(
-        "--tail",
-        type=int,
-        default=64,
-        help="latest tokens, exact (default %(default)s)",
-    )
+    parser.add_argument("--tail", type=int, default=64, help="latest tokens, exact (default %(default)s)")
     parser.add_argument(
         "--replayed",
         type=float,
@@ -121,9 +100,7 @@ class Conversation:
     @torch.no_grad()
     def read(self, model: Any, tokens: Tensor) -> Tensor:
         """One pass through the model; the logits of all its tokens."""
-        logits = model(
-            input_ids=tokens, past_key_values=self.cache, use_cache=True
-        ).logits
+        logits = model(input_ids=tokens, past_key_values=self.cache, use_cache=True).logits
         self.ids, self.logits = torch.cat([self.ids, tokens], dim=1), logits[:, -1]
         return logits
 
@@ -139,9 +116,7 @@ class Conversation:
                 self.read(model, self.logits.argmax(-1, keepdim=True))
         elif operation.kind in ("generate", "lookup"):
             assert tokens is not None
-            lookup = (
-                {"prompt_lookup_num_tokens": 4} if operation.kind == "lookup" else {}
-            )
+            lookup = {"prompt_lookup_num_tokens": 4} if operation.kind == "lookup" else {}
             out = model.generate(
                 torch.cat([self.ids, tokens], dim=1),
                 past_key_values=self.cache,
@@ -158,9 +133,7 @@ class Conversation:
         elif operation.kind == "repeat":
             self.cache.batch_repeat_interleave(n)
             self.ids = self.ids.repeat_interleave(n, dim=0)
-            self.logits = (
-                None if self.logits is None else self.logits.repeat_interleave(n, dim=0)
-            )
+            self.logits = None if self.logits is None else self.logits.repeat_interleave(n, dim=0)
         elif operation.kind == "reorder":
             rows = torch.tensor(operation.rows)
             self.cache.reorder_cache(rows)
@@ -180,9 +153,7 @@ class Soak:
         loaded = load_model(arguments.model)
         self.model: Any = loaded.model
         self.preset = Preset.load(arguments.preset)
-        text = windows(
-            loaded.tokenizer, default_corpus().held_out, 512, 64, arguments.seed
-        )
+        text = windows(loaded.tokenizer, default_corpus().held_out, 512, 64, arguments.seed)
         self.text = torch.stack(list(text))
         self.operations: Counter[str] = Counter()
         self.tokens = self.comparisons = self.different_tokens = 0
@@ -207,9 +178,7 @@ class Soak:
         rows, n_tokens = conversation.ids.shape
         kinds = ["read"]
         if n_tokens:
-            kinds += ["read", "crop", "deepcopy"] + (
-                ["repeat"] if rows == 1 else ["reorder", "reorder"]
-            )
+            kinds += ["read", "crop", "deepcopy"] + (["repeat"] if rows == 1 else ["reorder", "reorder"])
             kinds += ["generate"] * 2 if rows == 1 else []
         elif rows == 1:
             # With tokens in the cache, transformers' assisted decoding reads the whole prompt once more.
@@ -218,18 +187,13 @@ class Soak:
             kinds += ["decode"] * 3
         kind = self.random.choice(kinds)
         if kind == "read":
-            return Operation(
-                kind, self.excerpt(self.random.choice([1, 2, 7, 33, 64, 150]))
-            )
+            return Operation(kind, self.excerpt(self.random.choice([1, 2, 7, 33, 64, 150])))
         if kind in ("generate", "lookup"):
             n_read = self.random.randint(1, 40 if kind == "generate" else 200)
             return Operation(kind, self.excerpt(n_read), self.random.randint(2, 24))
         if kind == "reorder":
             return Operation(
-                kind,
-                rows=tuple(
-                    self.random.choices(range(rows), k=self.random.randint(1, rows))
-                ),
+                kind, rows=tuple(self.random.choices(range(rows), k=self.random.randint(1, rows)))
             )
         numbers = {
             "decode": self.random.randint(1, 24),
@@ -251,9 +215,7 @@ class Soak:
             conversation.apply(self.model, operation)
             processed += max(0, conversation.ids.shape[1] - before)
             self.operations[operation.kind] += 1
-        self.operations[
-            "attached conversation" if attached else "expanded conversation"
-        ] += 1
+        self.operations["attached conversation" if attached else "expanded conversation"] += 1
         self.tokens += processed
         if self.random.random() < self.arguments.replayed:
             self.compare(conversation)
@@ -273,9 +235,7 @@ class Soak:
             return
         ids = torch.cat([lived.ids, probe], dim=1)
         ours, replayed = lived.read(self.model, probe), again.read(self.model, probe)
-        self.largest_difference = max(
-            self.largest_difference, float((ours - replayed).abs().max())
-        )
+        self.largest_difference = max(self.largest_difference, float((ours - replayed).abs().max()))
         with torch.no_grad():
             exact = self.model(input_ids=ids, use_cache=False).logits[:, -PROBE_TOKENS:]
         p, q = exact.float().log_softmax(-1), ours.float().log_softmax(-1)
@@ -286,16 +246,10 @@ class Soak:
         if sys.platform.startswith("linux"):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
             pages = int(Path("/proc/self/statm").read_text().split()[1])
-            self.resident.append(
-                (round(minutes, 3), pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
-            )
+            self.resident.append((round(minutes, 3), pages * os.sysconf("SC_PAGE_SIZE") / 2**20))
 
     def run(self) -> None:
-        wanted, limit, reported = (
-            self.arguments.conversations,
-            self.arguments.minutes,
-            -1.0,
-        )
+        wanted, limit, reported = self.arguments.conversations, self.arguments.minutes, -1.0
         minutes, n_conversations = 0.0, 0
         cache = self.new_cache()
         while minutes < limit if wanted is None else n_conversations < wanted:
@@ -333,17 +287,13 @@ class Soak:
             growth = late[tenth // 2] - early[tenth // 2]
         return {
             "machine": f"torch {torch.__version__}, {platform.machine()}, {self.arguments.threads} threads",
-            "arguments": {
-                name: str(value) for name, value in vars(self.arguments).items()
-            },
+            "arguments": {name: str(value) for name, value in vars(self.arguments).items()},
             "operations": dict(self.operations.most_common()),
             "tokens": self.tokens,
             "comparisons": self.comparisons,
             "replays with other tokens": self.different_tokens,
             "largest difference of logits": self.largest_difference,
-            "kld to the exact model": sum(self.klds) / len(self.klds)
-            if self.klds
-            else None,
+            "kld to the exact model": sum(self.klds) / len(self.klds) if self.klds else None,
             "resident_mb": {
                 "least": min(sizes, default=None),
                 "most": max(sizes, default=None),
@@ -364,8 +314,7 @@ def main() -> int:
         arguments.output.write_text(json.dumps(found, indent=1))
     n_operations = sum(found["operations"].values())
     print(
-        f"{n_operations} operations: "
-        + ", ".join(f"{n} {kind}" for kind, n in found["operations"].items())
+        f"{n_operations} operations: " + ", ".join(f"{n} {kind}" for kind, n in found["operations"].items())
     )
     print(f"{found['tokens']} tokens read or generated")
     kld = found["kld to the exact model"]
@@ -379,9 +328,7 @@ def main() -> int:
             f"memory after the warm-up: {memory['least']:.0f} to {memory['most']:.0f} MB, grown by "
             f"{memory['growth']:.1f} MB"
         )
-    failed = (
-        found["replays with other tokens"] or found["largest difference of logits"] > 0
-    )
+    failed = found["replays with other tokens"] or found["largest difference of logits"] > 0
     return int(bool(failed) or memory["growth"] > arguments.growth)
 
 

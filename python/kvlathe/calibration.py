@@ -197,8 +197,8 @@ def _with_measured_costs(
         return preset
     if model.dtype != torch.float32:
         (on_note or (lambda _: None))(
-            f"the model computes in {model.dtype}, too coarse to measure what each layer's coding costs; calibrate in float32 "
-            "for about an eighth less KLD at the same bits"
+            f"the model computes in {model.dtype}, too coarse to measure what each layer's coding costs; calibrate in "
+            "float32 for about an eighth less KLD at the same bits"
         )
         return preset
     step = max(1, len(windows) // options.cost_windows)

@@ -1,9 +1,9 @@
 """What coding a layer really costs, measured end to end.
 
-Importances come from gradients: they take errors for small and for independent from token to token. Errors in keys partly
-cancel in the softmax, those in values partly add up, and by how much differs from layer to layer. So the keys of each
-layer, and then its values, are coded alone, the KL divergence from the exact model is measured, and importances are
-multiplied by measured over expected cost.
+Importances come from gradients: they take errors for small and for independent from token to token. Errors in keys
+partly cancel in the softmax, those in values partly add up, and by how much differs from layer to layer. So the keys of
+each layer, and then its values, are coded alone, the KL divergence from the exact model is measured, and importances
+are multiplied by the square root of measured over expected cost.
 """
 
 from __future__ import annotations
@@ -86,8 +86,6 @@ def _ratio(measured: float, expected: float) -> float:
     """Measured over expected, within `_LARGEST_RATIO`; NaN stays NaN."""
     if expected <= 0:
         return 1.0
-    return (
-        math.nan
-        if math.isnan(measured)
-        else min(max(measured / expected, 1 / _LARGEST_RATIO), _LARGEST_RATIO)
-    )
+    if math.isnan(measured):
+        return measured
+    return min(max(measured / expected, 1 / _LARGEST_RATIO), _LARGEST_RATIO)
