@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -231,12 +231,13 @@ def calibrate_on(
     n_read = options.calibration_windows - n_sampled
     text = windows(tokenizer, corpus.calibration, options.window, n_read, seed) if n_read else []
     text_name = corpus.name
+    calibration = options.calibration
     if n_sampled:
+        # Costs are measured on text that was read, the first window: the model's own is too unlike any other.
+        calibration = replace(calibration, cost_windows=min(calibration.cost_windows, 1 if n_read else 0))
         text += sampled_windows(model, tokenizer, options.window, n_sampled, seed=seed)
         text_name = f"{corpus.name} and the model's own" if n_read else "the model's own"
-    return calibrate(
-        model, text, name=name, text_name=text_name, options=options.calibration, on_note=on_note
-    )
+    return calibrate(model, text, name=name, text_name=text_name, options=calibration, on_note=on_note)
 
 
 class Tuner:

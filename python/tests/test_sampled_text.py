@@ -83,6 +83,8 @@ def test_a_calibration_says_what_it_read(n_sampled: int, said: str) -> None:
     calibration = preset.meta["kvlathe"]["calibration"]
     assert calibration["text"] == said
     assert calibration["n_tokens"] == 6 * 64
+    # Costs are never measured on the model's own text.
+    assert ("cost_factors" in calibration) == (n_sampled < 6)
 
 
 @pytest.mark.parametrize("n_sampled", [-1, 7])
