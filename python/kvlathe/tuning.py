@@ -44,8 +44,7 @@ class TuneOptions:
         calibration_windows, evaluation_windows, verification_windows: how many to calibrate, to search and to verify
             on; from different documents.
         sampled_windows: how many of the calibration's windows the model writes itself, 0 to `calibration_windows`.
-            Half of them make up for a corpus of another kind than the text to come, but writing takes a while without
-            a GPU; see `kvlathe.sampled_text.sampled_windows`.
+            For want of text; text that is read serves as well or better. See `kvlathe.sampled_text.sampled_windows`.
         confidence: the budget must hold for the one-sided bootstrap bound of this confidence, not for the mean.
         calibration: how to calibrate. Its seed also chooses windows.
     """

@@ -63,8 +63,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
         "--sampled-windows",
         type=int,
         default=0,
-        help="how many of these the model writes itself; half of them is best where --text is not what the preset will "
-        "meet (default %(default)s, writing takes a while without a GPU)",
+        help="how many of these the model writes itself, for want of text (default %(default)s)",
     )
     text.add_argument("--evaluation-windows", type=count, default=12, help="default %(default)s")
     text.add_argument("--verification-windows", type=count, default=12, help="default %(default)s")
