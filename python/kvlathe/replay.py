@@ -16,8 +16,8 @@ from .model_loading import attention_modules
 class Replay:
     """One window's exact pass, of which any number of first layers can be given again instead of computed.
 
-    A decoder whose later layers read more than the layer before them (shared keys and values, say) is recognised by its
-    logits, and always computed in full.
+    A decoder whose later layers read more than the layer before them is always computed in full: one that shares keys
+    and values says so in its config, any other shows in its logits.
 
     Args:
         model: a decoder in evaluation mode.
