@@ -14,6 +14,7 @@ from types import MethodType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -22,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .cache import CompressedDynamicCache
 from .cache.layer import CompressedLayer
+from .cache.padding import padding_lengths
 from .errors import ModelError
 from .model_loading import attention_modules
 from .two_sided import TwoSidedPlan, two_sided_attention
@@ -117,9 +119,18 @@ def _announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if isinstance(cache, CompressedDynamicCache):
         layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
         layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+        # Someone may have set another attention since, which would take stubs for keys.
+        ours = module.config._attn_implementation == ATTENTION_NAME  # type: ignore[union-attr]
         # Sliding windows and transformers' own layers go through dense attention.
-        if isinstance(layer, CompressedLayer) and not layer.is_sliding:
+        if ours and isinstance(layer, CompressedLayer) and not layer.is_sliding:
             layer.attends_next = True
+            if not layer.get_seq_length():
+                mask = kwargs.get("attention_mask")
+                # Of a boolean mask [B, 1, T, T]: real tokens see themselves. Without padding there may be no mask.
+                told = (
+                    isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape[2] == mask.shape[3]
+                )
+                layer.padding_next = padding_lengths(mask[:, 0].diagonal(dim1=1, dim2=2)) if told else None  # type: ignore[index]
 
 
 def _generate_in_chunks(
@@ -128,9 +139,21 @@ def _generate_in_chunks(
     """The model's `generate`, with a chunked prefill where the cache is ours and the caller has not chosen."""
     config = generation_config or getattr(model, "generation_config", None)
     chosen = "prefill_chunk_size" in kwargs or getattr(config, "prefill_chunk_size", None) is not None
-    if isinstance(kwargs.get("past_key_values"), CompressedDynamicCache) and not chosen:
-        kwargs["prefill_chunk_size"] = PREFILL_CHUNK_TOKENS
+    # transformers cannot cut embeddings into chunks.
+    embedded = kwargs.get("inputs_embeds") is not None
+    if isinstance(kwargs.get("past_key_values"), CompressedDynamicCache) and not chosen and not embedded:
+        kwargs["prefill_chunk_size"] = _chunk_tokens(kwargs["past_key_values"], kwargs.get("attention_mask"))
     return type(model).generate(model, inputs, generation_config, *args, **kwargs)  # type: ignore[attr-defined]
+
+
+def _chunk_tokens(cache: CompressedDynamicCache, mask: Any) -> int:
+    """The first chunk must reach to every row's first tokens, which stay exact (`kvlathe.cache.padding`)."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or cache.get_seq_length():
+        return PREFILL_CHUNK_TOKENS
+    n_sinks = max(
+        (layer.policy.n_sinks for layer in cache.layers if isinstance(layer, CompressedLayer)), default=0
+    )
+    return max(PREFILL_CHUNK_TOKENS, max(padding_lengths(mask)) + n_sinks)
 
 
 def attach(model: Model) -> Model:

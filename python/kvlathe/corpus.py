@@ -15,6 +15,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from .errors import CorpusError
@@ -35,11 +36,17 @@ _MIN_DOCSTRING = 400
 
 @dataclass(frozen=True)
 class Document:
-    """A named text. ``kind`` is "prose", "source" or "text" (unknown)."""
+    """A named text.
+
+    Attributes:
+        kind: "prose", "source" or "text" (unknown).
+        section_of: name of the text it was cut from, if any.
+    """
 
     name: str
     text: str
     kind: str = "text"
+    section_of: str = ""
 
 
 @dataclass(frozen=True)
@@ -191,7 +198,7 @@ def _sections(name: str, text: str) -> list[Document]:
     if len(cuts) > 1 and len(text) - cuts[-1] < _MIN_SECTION:
         cuts.pop()
     bounds = zip(cuts, [*cuts[1:], len(text)], strict=True)
-    return [Document(f"{name}#{i:05d}", text[a:b]) for i, (a, b) in enumerate(bounds)]
+    return [Document(f"{name}#{i:05d}", text[a:b], section_of=name) for i, (a, b) in enumerate(bounds)]
 
 
 def _text_files(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[str, Path]]:
@@ -253,13 +260,19 @@ def corpus_from_files(
 def halves(
     documents: Sequence[Document], *, seed: int = 0
 ) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
-    """Two sides of about equal length, of different documents; a single document is cut in the middle."""
+    """Two sides of about equal length, of different documents; one text, whole or in sections, is cut in the middle."""
     if len(documents) == 1:
         (only,) = documents
         middle = len(only.text) // 2
         cut = (only.text[:middle], only.text[middle:])
         first, second = (Document(f"{only.name}#{i}", text, only.kind) for i, text in enumerate(cut))
         return (first,), (second,)
+    if len({document.section_of for document in documents}) == 1 and documents[0].section_of:
+        # Neighbouring sections are about the same thing.
+        ends = list(accumulate(len(document.text) for document in documents))
+        n_first = sum(end <= ends[-1] / 2 for end in ends)
+        n_first = min(max(n_first, 1), len(documents) - 1)
+        return tuple(documents[:n_first]), tuple(documents[n_first:])
     sides: tuple[list[Document], list[Document]] = ([], [])
     lengths = [0, 0]
     for document in sorted(documents, key=lambda document: rank(document.name, seed)):

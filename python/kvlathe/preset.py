@@ -55,6 +55,11 @@ class Preset:
         return 0 if self.is_seed_style else int(self.meta["kvlathe"]["n_sinks"])
 
     @property
+    def block_len(self) -> int:
+        """Tokens of a packed block; 1 in presets of the seed's kind, which code tokens one by one."""
+        return 1 if self.is_seed_style else int(self.meta["kvlathe"]["block_len"])
+
+    @property
     def bits_per_value(self) -> float:
         """Bits a value of the coded part, side information counted."""
         if self.is_seed_style:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -42,3 +43,18 @@ def weighted_progress(items: Sequence[T], weights: Sequence[float], what: str, u
         for item, weight in zip(items, weights, strict=True):
             yield item
             bar.update(weight)
+
+
+@contextmanager
+def loading_bars_on_terminals_only() -> Iterator[None]:
+    """transformers draws bars while it loads a model; not where stderr is not a terminal."""
+    from transformers.utils import logging
+
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

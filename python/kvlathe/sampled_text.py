@@ -5,7 +5,8 @@ any one corpus does (Liu et al., "LLM-QAT: Data-Free Quantization Aware Training
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,14 +77,14 @@ def sampled_windows(
         eos_token_id=None,
         pad_token_id=int(ordinary[0]),
     )
-    generate: Any = model.generate
     found: list[Tensor] = []
-    with torch.random.fork_rng(devices=_devices(model)), _bar(window * n_windows) as bar:
+    with torch.random.fork_rng(devices=_devices(model)), _bar(window * n_windows) as bar, _no_settings(model):
         torch.manual_seed(seed)
         while len(found) < n_windows:
             n = min(_BATCH, n_windows - len(found))
             first = ordinary[torch.randint(len(ordinary), (n, 1))]
             start = torch.cat([torch.tensor([bos] * n, dtype=torch.long).reshape(n, -1), first], dim=1)
+            generate: Any = model.generate
             written = generate(
                 start.to(model.device),
                 attention_mask=torch.ones_like(start).to(model.device),
@@ -92,6 +93,17 @@ def sampled_windows(
             )
             found += list(written.cpu())
     return found
+
+
+@contextmanager
+def _no_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Without the model's own generation settings, which fill in what ours leave open: an end of text, penalties."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _devices(model: PreTrainedModel) -> list[torch.device]:

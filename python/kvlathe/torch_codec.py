@@ -29,6 +29,12 @@ _DRIFT_REACH = 4.0  # standard deviations that a token may add to its block's dr
 MAX_MAGNITUDE = 1e17
 
 
+def can_be_coded(x: Tensor) -> bool:
+    """Whether all numbers are finite and at most `MAX_MAGNITUDE` in magnitude."""
+    # In float16 the limit itself would be infinity, and infinity within it.
+    return bool((x.abs() <= min(MAX_MAGNITUDE, torch.finfo(x.dtype).max)).all())
+
+
 @dataclass(frozen=True)
 class _Head:
     """Tables of one stream, on the device. See the native `StreamTables` for units.
@@ -116,7 +122,7 @@ class TorchStreamCodec:
 
     def encode(self, x: Tensor, position: int) -> Tensor:
         """[B, H, n_tokens, D] to uint8 [B, n_blocks, block bytes]. See `StreamSetCompressor.compress`."""
-        if not bool((x.abs() <= MAX_MAGNITUDE).all()):
+        if not can_be_coded(x):
             raise NonFiniteError("vectors hold NaN, infinity or a magnitude above 1e17")
         batch, heads, n_tokens, d = x.shape
         blocks = x.to(torch.float32).view(batch, heads, n_tokens // self.block_len, self.block_len, d)

@@ -24,11 +24,20 @@ from .evaluation import Evaluator, Quality, coders, upper_bound
 from .preset import Preset
 from .sampled_text import sampled_windows
 from .token_windows import windows
+from .window_length import check_model_reads, check_reads_coded
 
 # The search works on this grid, in bits a value; finer is below the noise of a measurement.
 _GRID = 1 / 8
 _MOST_COEFFICIENT_BITS = 8.0
 _LEAST_COEFFICIENT_BITS = 0.5
+# Where the search begins, and what a bit a value does to the KLD until two measurements tell: it falls to a quarter,
+# as a quantiser's squared error does.
+_LIKELY_BITS = 2.5
+_LOG_PER_BIT = math.log(4)
+# A measurement that far off the budget tells little of how far.
+_LONGEST_LEAP = round(1.5 / _GRID)
+# So many guesses from the curve's shape, then bisection: it is sure to end.
+_N_GUESSES = 5
 # Where the promise does not hold on the text kept for that, the rate is raised by these steps of the grid.
 _RAISES = (0, 1, 2, 4, 8)
 
@@ -67,6 +76,15 @@ class TuneOptions:
                 raise BudgetError(
                     f"{name} is {value}, expected a positive number (0.05 stands for +5 % perplexity)"
                 )
+        if not 0.5 <= self.confidence < 1:
+            raise BudgetError(
+                f"confidence is {self.confidence}, expected 0.5 or more and less than 1 (0.95 stands for 95 %)"
+            )
+        if min(self.evaluation_windows, self.verification_windows) < 2:
+            raise BudgetError(
+                f"{self.evaluation_windows} windows to search and {self.verification_windows} to verify on, expected "
+                f"at least 2 of each: one tells nothing of how much windows differ"
+            )
         if not 0 <= self.sampled_windows <= self.calibration_windows:
             raise CorpusError(
                 f"sampled_windows is {self.sampled_windows}, expected 0 to {self.calibration_windows}: they are "
@@ -81,14 +99,19 @@ class CurvePoint:
     Attributes:
         bits_per_value: of the coded part, side information included.
         ppl_delta_bound, kld_bound: one-sided upper bounds of the relative rise of perplexity and of the mean KLD.
-        within: whether the budget holds.
+        log_excess: ln(bound / budget), the larger of the two; above 0 the budget is exceeded.
     """
 
     bits_per_value: float
     quality: Quality
     ppl_delta_bound: float
     kld_bound: float
-    within: bool
+    log_excess: float
+
+    @property
+    def within(self) -> bool:
+        """Whether the budget holds."""
+        return self.log_excess <= 0
 
 
 @dataclass(frozen=True)
@@ -112,10 +135,16 @@ def judge(quality: Quality, bits_per_value: float, options: TuneOptions) -> Curv
     confidence = options.confidence
     ppl_bound = math.expm1(upper_bound(quality.log_ratio_by_window, confidence=confidence))
     kld_bound = upper_bound(quality.kld_by_window, confidence=confidence)
-    within = (options.target_ppl_delta is None or ppl_bound <= options.target_ppl_delta) and (
-        options.target_kld is None or kld_bound <= options.target_kld
-    )
-    return CurvePoint(bits_per_value, quality, ppl_bound, kld_bound, within)
+    held = ((ppl_bound, options.target_ppl_delta), (kld_bound, options.target_kld))
+    log_excess = max(_log_ratio(bound, budget) for bound, budget in held if budget is not None)
+    return CurvePoint(bits_per_value, quality, ppl_bound, kld_bound, log_excess)
+
+
+def _log_ratio(bound: float, budget: float) -> float:
+    """ln(bound / budget): −∞ where nothing is lost, ∞ where the bound is no number."""
+    if math.isnan(bound):
+        return math.inf
+    return math.log(bound / budget) if bound > 0 else -math.inf
 
 
 def measure(
@@ -137,7 +166,7 @@ def _most_bits(preset: Preset) -> float:
 def search_bits(
     preset: Preset, try_bits: Callable[[Preset], CurvePoint]
 ) -> tuple[CurvePoint | None, list[CurvePoint]]:
-    """Bisect over the rate for the fewest bits within the budget: at most eight measurements.
+    """The fewest bits within the budget, in three or four measurements mostly, as log KLD is nearly linear in bits.
 
     Returns:
         The best point (None if even the highest rate of the grid is not within) and all points by rising rate.
@@ -145,33 +174,36 @@ def search_bits(
     # Rates are multiples of the grid, side information included.
     least = math.ceil(preset.side_bits_per_value / _GRID) * _GRID + _LEAST_COEFFICIENT_BITS
     n_steps = int((_most_bits(preset) - least) / _GRID)
-
-    def bits(step: int) -> float:
-        return least + step * _GRID
-
     points: dict[int, CurvePoint] = {}
 
-    def within(step: int) -> bool:
-        if step not in points:
-            points[step] = try_bits(preset.with_bits(bits(step)))
-        return points[step].within
-
-    # Most budgets are met between 1 and 3.5 bits: bracket there first, and widen only where that fails.
+    # Not within at `low` and below, within at `high` and above, where those were tried.
     low, high = -1, n_steps
-    likely = min(max(0, round((3.5 - least) / _GRID)), n_steps)
-    if within(likely):
-        high = likely
-    else:
-        low = likely
-    while high - low > 1:
-        middle = (low + high) // 2
-        if within(middle):
-            high = middle
+    step = min(max(0, round((_LIKELY_BITS - least) / _GRID)), n_steps)
+    while step not in points:
+        points[step] = point = try_bits(preset.with_bits(least + step * _GRID))
+        if point.within:
+            high = step
         else:
-            low = middle
-    ok = within(high)
+            low = step
+        step = _next_step(points, low, high) if high - low > 1 else high
     curve = [points[step] for step in sorted(points)]
-    return (points[high] if ok else None), curve
+    best = points[high]
+    return (best if best.within else None), curve
+
+
+def _next_step(points: dict[int, CurvePoint], low: int, high: int) -> int:
+    """Where the budget is probably met first, between `low` and `high`, neither included."""
+    finite = [(step, point.log_excess) for step, point in points.items() if math.isfinite(point.log_excess)]
+    if len(points) >= _N_GUESSES or not finite:
+        return (low + high) // 2
+    (near, excess), *others = sorted(finite, key=lambda of: abs(of[1]))
+    slope = -_LOG_PER_BIT * _GRID  # a step of the grid
+    if others:
+        other, its_excess = others[0]
+        measured = (its_excess - excess) / (other - near)
+        slope = measured if measured < 0 else slope
+    leap = min(max(-excess / slope, -_LONGEST_LEAP), _LONGEST_LEAP)
+    return min(max(math.ceil(near + leap), low + 1), high - 1)
 
 
 def tune(
@@ -199,6 +231,7 @@ def tune(
     Raises:
         BudgetError: no rate meets the budget.
         CorpusError: too little text.
+        EvaluationError: windows that the model does not read, or in which no query sees coded tokens.
         CalibrationError, ModelError: see `calibrate`.
         PresetError: `calibrated` belongs to another model.
     """
@@ -224,19 +257,25 @@ def calibrate_on(
 
     Raises:
         CorpusError: too little text.
+        EvaluationError: windows that the model does not read, or in which no query sees coded tokens.
         CalibrationError, ModelError: see `calibrate`.
     """
     seed, n_sampled = options.calibration.seed, options.sampled_windows
+    # Before the long part, not after it.
+    check_model_reads(model.config, options.window)
+    settings = options.calibration
+    check_reads_coded(
+        options.window, n_sinks=settings.n_sinks, tail=settings.tail, block_len=settings.block_len
+    )
     n_read = options.calibration_windows - n_sampled
     text = windows(tokenizer, corpus.calibration, options.window, n_read, seed) if n_read else []
     text_name = corpus.name
-    calibration = options.calibration
     if n_sampled:
         # Costs are measured on text that was read, the first window: the model's own is too unlike any other.
-        calibration = replace(calibration, cost_windows=min(calibration.cost_windows, 1 if n_read else 0))
+        settings = replace(settings, cost_windows=min(settings.cost_windows, 1 if n_read else 0))
         text += sampled_windows(model, tokenizer, options.window, n_sampled, seed=seed)
         text_name = f"{corpus.name} and the model's own" if n_read else "the model's own"
-    return calibrate(model, text, name=name, text_name=text_name, options=calibration, on_note=on_note)
+    return calibrate(model, text, name=name, text_name=text_name, options=settings, on_note=on_note)
 
 
 class Tuner:
@@ -250,6 +289,7 @@ class Tuner:
     Raises:
         PresetError: `calibrated` belongs to another model.
         CorpusError: too little text.
+        EvaluationError: windows that the model does not read, or in which no query sees coded tokens.
     """
 
     def __init__(
@@ -261,6 +301,13 @@ class Tuner:
         options: TuneOptions,
     ) -> None:
         calibrated.check_model(model.config)
+        check_model_reads(model.config, options.window)
+        check_reads_coded(
+            options.window,
+            n_sinks=calibrated.n_sinks,
+            tail=options.calibration.tail,
+            block_len=calibrated.block_len,
+        )
         self._calibrated, self._text_name = calibrated, corpus.name
         seed, tail = options.calibration.seed, options.calibration.tail
         sides = halves(corpus.held_out, seed=seed)

@@ -15,6 +15,7 @@ from .evaluation import Evaluator
 from .preset import Preset
 from .token_windows import windows
 from .tuning import CurvePoint, TuneOptions, measure
+from .window_length import check_model_reads, check_reads_coded
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ def verify(
     Raises:
         PresetError: a preset for another model, one of the seed's kind, or one without a promise when none is given.
         CorpusError: too little text.
+        EvaluationError: windows that the model does not read, or in which no query sees coded tokens.
+        BudgetError: a confidence that is none, fewer than two windows.
     """
     preset.check_model(model.config)
     if preset.is_seed_style:
@@ -92,8 +95,14 @@ def verify(
     tail = measured.get("tail", calibration.get("tail", CalibrationOptions.tail))
     if not isinstance(tail, int) or isinstance(tail, bool) or tail < 0:
         raise PresetError(f"the preset was measured with a tail of {tail!r}, expected a number of tokens")
+    check_model_reads(model.config, window)
+    check_reads_coded(window, n_sinks=preset.n_sinks, tail=tail, block_len=preset.block_len)
     options = TuneOptions(
-        target_ppl_delta=target_ppl_delta, target_kld=target_kld, window=window, confidence=confidence
+        target_ppl_delta=target_ppl_delta,
+        target_kld=target_kld,
+        window=window,
+        verification_windows=n_windows,
+        confidence=confidence,
     )
     text = windows(tokenizer, documents, window, n_windows, seed)
     evaluator = Evaluator(model, text, tail=tail, n_sinks=preset.n_sinks)

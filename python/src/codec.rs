@@ -195,7 +195,7 @@ impl StreamSetCodec {
         let n_blocks = packed.shape[1];
         with_element!(out.dtype()?, E => {
             // SAFETY: as in `encode`.
-            let (packed, out) = unsafe { (packed.slice::<u8>(), out.slice_mut::<E>("the output")?) };
+            let (packed, out) = unsafe { (packed.contiguous::<u8>("packed blocks")?, out.slice_mut::<E>("the output")?) };
             py.detach(|| decode_all(&self.0, packed, n_blocks, position, out))
         })
         .map_err(to_python)
@@ -225,7 +225,7 @@ impl LowRankCodec {
         u.expect_dtype("U", "float32")?;
         mean.expect_dtype("mean", "float32")?;
         // SAFETY: dtypes were checked; both tensors live as long as this call.
-        let (u_values, mean_values) = unsafe { (u.slice::<f32>(), mean.slice::<f32>()) };
+        let (u_values, mean_values) = unsafe { (u.contiguous::<f32>("U")?, mean.contiguous::<f32>("mean")?) };
         let coder = LowRank::new(u_values, mean_values, u.shape[1], storage).map_err(to_python)?;
         Ok(Self(Arc::new(coder)))
     }
@@ -243,7 +243,7 @@ impl LowRankCodec {
         let (d, bytes) = (self.0.head_dim(), self.0.vector_bytes());
         with_element!(x.dtype()?, E => {
             // SAFETY: dtypes were checked; the tensors live as long as this call.
-            let (x, coded) = unsafe { (x.slice_mut::<E>("the vectors")?, coded.slice_mut::<u8>("coded vectors")?) };
+            let (x, coded) = unsafe { (x.contiguous::<E>("the vectors")?, coded.slice_mut::<u8>("coded vectors")?) };
             py.detach(|| {
                 x.chunks_exact(d).zip(coded.chunks_exact_mut(bytes)).for_each(|(x, out)| self.0.encode(x, out));
             });
@@ -259,7 +259,7 @@ impl LowRankCodec {
         let (d, bytes) = (self.0.head_dim(), self.0.vector_bytes());
         with_element!(out.dtype()?, E => {
             // SAFETY: as in `encode`.
-            let (coded, out) = unsafe { (coded.slice_mut::<u8>("coded vectors")?, out.slice_mut::<E>("the output")?) };
+            let (coded, out) = unsafe { (coded.contiguous::<u8>("coded vectors")?, out.slice_mut::<E>("the output")?) };
             py.detach(|| {
                 coded.chunks_exact(bytes).zip(out.chunks_exact_mut(d)).for_each(|(coded, x)| self.0.decode(coded, x));
             });

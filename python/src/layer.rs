@@ -239,8 +239,8 @@ impl NativeLayer {
             None => None,
             Some(mask) => {
                 mask.expect_dtype("the attention mask", "uint8")?;
-                // SAFETY: the dtype is checked; the tensor is an argument of this call; `slice_mut` demands contiguity.
-                Some(&*unsafe { mask.slice_mut::<u8>("the attention mask")? })
+                // SAFETY: the dtype is checked; the tensor is an argument of this call, which only reads it.
+                Some(unsafe { mask.contiguous::<u8>("the attention mask")? })
             }
         };
         let options = AttentionOptions { scaling, mask, softcap, sink_scores: sink_scores.as_deref() };

@@ -40,8 +40,8 @@ fn side(name: &str) -> PyResult<Side> {
 
 fn float32<'a>(tensor: &'a RawTensor, what: &str) -> PyResult<&'a [f32]> {
     tensor.expect_dtype(what, "float32")?;
-    // SAFETY: the dtype is checked, the tensor is an argument of the running call, `slice_mut` demands contiguity.
-    unsafe { tensor.slice_mut::<f32>(what) }.map(|slice| &*slice)
+    // SAFETY: the dtype is checked, the tensor is an argument of the running call, which only reads it.
+    unsafe { tensor.contiguous::<f32>(what) }
 }
 
 #[pymethods]

@@ -125,29 +125,56 @@ impl<'py> RawTensor<'py> {
         true
     }
 
-    /// The elements as a slice.
+    /// How many elements of type `T` lie at the address.
+    fn elements<T>(&self, what: &str) -> PyResult<usize> {
+        let n = self.span();
+        if n > 0 && !self.address.is_multiple_of(align_of::<T>()) {
+            let message =
+                format!("{what} do not begin at a multiple of their elements' size; pass a clone() of them");
+            return Err(exception("ShapeError", message));
+        }
+        Ok(n)
+    }
+
+    /// The elements from the first to the last, gaps included.
     ///
     /// # Safety
-    /// `T` must be the tensor's element type, and the tensor must stay alive and un-resized while the slice is used.
-    pub(crate) unsafe fn slice<T>(&self) -> &[T] {
-        let n = self.span();
+    /// `T` must be the tensor's element type; the tensor must stay alive and un-resized, and nobody may write to it,
+    /// while the slice is used.
+    unsafe fn slice<T>(&self, what: &str) -> PyResult<&[T]> {
+        let n = self.elements::<T>(what)?;
         if n == 0 {
-            return &[];
+            return Ok(&[]);
         }
-        // SAFETY: torch guarantees `span` elements from data_ptr on; type and lifetime are the caller's promise.
-        unsafe { std::slice::from_raw_parts(self.address as *const T, n) }
+        // SAFETY: torch guarantees `span` elements from data_ptr on, aligned as checked; the rest is the caller's promise.
+        Ok(unsafe { std::slice::from_raw_parts(self.address as *const T, n) })
+    }
+
+    /// The elements of a contiguous tensor.
+    ///
+    /// # Safety
+    /// As [`RawTensor::slice`].
+    pub(crate) unsafe fn contiguous<T>(&self, what: &str) -> PyResult<&[T]> {
+        self.check_contiguous(what)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.slice(what) }
+    }
+
+    fn check_contiguous(&self, what: &str) -> PyResult<()> {
+        if self.is_contiguous() {
+            return Ok(());
+        }
+        Err(exception("ShapeError", format!("{what} must be contiguous")))
     }
 
     /// The elements of a contiguous tensor, to be written.
     ///
     /// # Safety
-    /// As [`RawTensor::slice`], and nothing else may read or write the tensor meanwhile.
+    /// As [`RawTensor::slice`], and nobody else may read the tensor meanwhile, either.
     #[expect(clippy::mut_from_ref, reason = "the memory is torch's; self only describes it")]
     pub(crate) unsafe fn slice_mut<T>(&self, what: &str) -> PyResult<&mut [T]> {
-        if !self.is_contiguous() {
-            return Err(exception("ShapeError", format!("{what} must be contiguous")));
-        }
-        let n = self.span();
+        self.check_contiguous(what)?;
+        let n = self.elements::<T>(what)?;
         if n == 0 {
             return Ok(&mut []);
         }
@@ -161,7 +188,7 @@ impl<'py> RawTensor<'py> {
     /// As [`RawTensor::slice`].
     pub(crate) unsafe fn view<E: Element>(&self) -> PyResult<TensorView<'_, E>> {
         // SAFETY: the caller's promise.
-        let data = unsafe { self.slice::<E>() };
+        let data = unsafe { self.slice::<E>("tensors")? };
         let shape = [self.shape[0], self.shape[1], self.shape[2], self.shape[3]];
         TensorView::new(data, shape, [self.strides[0], self.strides[1], self.strides[2]]).map_err(to_python)
     }

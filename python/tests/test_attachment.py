@@ -44,6 +44,7 @@ def logits_of(
 ) -> list[torch.Tensor]:
     """Logits of a prefill and of the following steps of the given lengths."""
     cache = CompressedDynamicCache.from_preset(preset, uncompressed_tail=8)
+    cache.note_padding(mask)
     at = ids.shape[1] - sum(steps)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     outputs = []
@@ -72,8 +73,8 @@ def test_logits_are_those_of_the_expanded_path(name: str, padding: int, steps: l
     mask = torch.ones_like(ids)
     if padding and model.config._attn_implementation == "eager":
         # Eager attention hands padding other values than ours does, zeros. The tokens of a block share its drift and
-        # the spacing of its gains, so here padding fills the sinks and a block.
-        padding = preset.n_sinks + preset.meta["kvlathe"]["block_len"]
+        # the spacing of its gains, so here padding, which comes behind the sinks, fills a block.
+        padding = preset.block_len
     mask[1, :padding] = 0
     expected = logits_of(model, preset, ids, mask, steps)
     before = model.config._attn_implementation
@@ -147,6 +148,38 @@ def test_nothing_is_expanded_while_decoding(monkeypatch: pytest.MonkeyPatch) -> 
     finally:
         detach(model)
     assert cache.get_seq_length() == 70
+
+
+def test_another_attention_set_later_gets_real_keys() -> None:
+    """`set_attn_implementation` after `attach`: what stands for keys in ours would be zeros to others."""
+    model = tiny("llama")
+    preset = preset_of("llama", model)
+    ids, mask = prompt(2, 60), torch.ones(2, 60, dtype=torch.long)
+    model.set_attn_implementation("eager")
+    expected = logits_of(model, preset, ids, mask, [1, 3])
+    attach(model)
+    try:
+        model.set_attn_implementation("eager")
+        got = logits_of(model, preset, ids, mask, [1, 3])
+    finally:
+        detach(model)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_generate_from_embeddings() -> None:
+    """transformers cannot read embeddings in chunks."""
+    model = tiny("llama")
+    preset = preset_of("llama", model)
+    ids = prompt(1, 600)
+    common = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    given = {"inputs_embeds": model.get_input_embeddings()(ids).detach()}
+    outputs = []
+    for _ in range(2):
+        cache = CompressedDynamicCache.from_preset(preset, uncompressed_tail=8)
+        outputs.append(model.generate(**given, past_key_values=cache, **common))
+        attach(model)
+    detach(model)
+    assert torch.equal(*outputs)
 
 
 def test_gradients_of_the_newest_tokens_survive() -> None:

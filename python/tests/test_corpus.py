@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kvlathe.corpus import Corpus, Document, corpus_from_files, default_corpus
+from kvlathe.corpus import Corpus, Document, corpus_from_files, default_corpus, halves
 from kvlathe.errors import CorpusError
 from kvlathe.token_windows import windows
 
@@ -88,6 +88,10 @@ def test_a_single_file_is_split_in_contiguous_parts(tmp_path: Path, heading: str
     assert all(len(d.text) >= 2000 for d in corpus.calibration + corpus.held_out)
     assert 0.25 < len(calibration) / len(calibration + held_out) < 0.42
     assert len(corpus_from_files(path, calibration_fraction=0.7).calibration) > len(corpus.calibration)
+    # The rest is halved the same way: neighbouring sections stay on one side.
+    search, verification = halves(corpus.held_out)
+    assert search + verification == corpus.held_out
+    assert abs(sum(len(d.text) for d in search) - len(held_out) / 2) < 4000
 
 
 def test_folders_and_files(tmp_path: Path) -> None:

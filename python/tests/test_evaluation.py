@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import re
 from pathlib import Path
@@ -16,7 +17,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from cache_helpers import TAIL, model_of, preset_of, random_kv, tokens
-from kvlathe import CompressedDynamicCache, Evaluator, KvlatheError
+from kvlathe import CompressedDynamicCache, Evaluator, KvlatheError, Preset
+from kvlathe._native import Preset as NativePreset
 from kvlathe.baselines.kivi import Kivi
 from kvlathe.baselines.turboquant import TurboQuant
 from kvlathe.errors import EvaluationError
@@ -34,7 +36,7 @@ from kvlathe.evaluation import (
 )
 from kvlathe.evaluation.plots import PLOTS, svg
 from kvlathe.evaluation.report import html_report
-from kvlathe.evaluation.run import make_setting
+from kvlathe.evaluation.run import make_setting, model_digest
 from kvlathe.evaluation.table import COLUMNS, markdown
 from kvlathe.preset import Side
 from kvlathe.rope_probe import ModelShape, probe_rope
@@ -232,6 +234,16 @@ def test_results_are_written_as_they_come(tmp_path: Path) -> None:
     assert len(Results(path)) == 2
 
 
+def test_a_last_line_without_its_end_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    run(path, [Counted(3)])
+    path.write_text(path.read_text().rstrip("\n"))
+    again, four = Counted(3), Counted(4)
+    run(path, [again, four])
+    assert again.n_calls == 0
+    assert len(Results(path)) == len(path.read_text().splitlines()) == 2
+
+
 def test_another_setting_is_measured_anew(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     run(path, [Counted(3)])
@@ -276,12 +288,36 @@ def test_models_of_one_config_differ() -> None:
     assert other.text_digest == setting().text_digest
 
 
+def test_another_attention_or_another_transformers_is_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    digests = [model_digest(model)]
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    digests.append(model_digest(model))
+    model.set_attn_implementation(before)
+    assert model_digest(model) == digests[0]
+    monkeypatch.setattr("kvlathe.evaluation.run.transformers.__version__", "0.0")
+    digests.append(model_digest(model))
+    assert len(set(digests)) == 3
+
+
+def test_a_seeds_preset_of_another_model_is_refused() -> None:
+    content = {"model": "m", "rank": 4, "head_dim": 16, "n_layers": 1, "n_heads": 4, "layers": []}
+    side = {"U": torch.eye(16)[:, :4].tolist(), "mean": [0.0] * 16}
+    content["layers"] = [{"K": side, "V": side}]
+    preset = Preset(NativePreset.from_bytes(json.dumps(content).encode()))
+    with pytest.raises(EvaluationError, match=r"1 layers and head_dim 16.*2 layers"):
+        PresetMethod(preset, shape())
+
+
 def test_two_methods_of_one_name(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="turboquant-3"):
         run(tmp_path / "results.jsonl", [Counted(3), Counted(3)])
 
 
-@pytest.mark.parametrize("content", ['{"key": "x"}\n', "not json\n", "[]\n", "\xff\xfe\n"])
+@pytest.mark.parametrize(
+    "content", ['{"key": "x"}\n', "not json\n", "[]\n", "\xff\xfe\n", '{"model": "a preset in one line"}']
+)
 def test_a_file_of_something_else_is_left_alone(content: str, tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     path.write_bytes(content.encode("latin-1"))

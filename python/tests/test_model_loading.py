@@ -36,6 +36,12 @@ def test_a_local_folder(folder: Path) -> None:
     assert load_model(str(folder)).model.dtype == torch.float32
 
 
+def test_loading_is_silent_where_no_terminal_watches(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load_model(folder)
+    assert capfd.readouterr().err == ""
+    assert transformers.utils.logging.is_progress_bar_enabled()  # as before
+
+
 def test_a_model_object_is_taken_as_it_is() -> None:
     model = tiny("llama").bfloat16()
     loaded = load_model(model)

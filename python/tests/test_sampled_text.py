@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from cache_helpers import model_of
 from kvlathe import CalibrationOptions, CorpusError, TuneOptions
@@ -34,6 +35,22 @@ def test_windows_are_full_and_begin_as_texts_do() -> None:
     assert [len(window) for window in found] == [40] * 18
     assert all(window[0] == 0 and window[1] >= 2 for window in found)
     assert len({int(window[1]) for window in found}) > 5
+
+
+def test_the_models_own_settings_do_not_count() -> None:
+    """With every token an end of text, and penalties, a window is as it is without."""
+    model = model_of("llama")
+    expected = sampled_windows(model, Numbers(), 40, 3)
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        eos_token_id=list(range(VOCAB)), temperature=0.1, repetition_penalty=2.0, max_new_tokens=2
+    )
+    try:
+        found = sampled_windows(model, Numbers(), 40, 3)
+        assert model.generation_config.max_new_tokens == 2  # as before
+    finally:
+        model.generation_config = own
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_the_text_is_what_the_model_finds_likely() -> None:

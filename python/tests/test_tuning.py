@@ -29,6 +29,7 @@ from kvlathe import (
     verify,
 )
 from kvlathe.corpus import Document
+from kvlathe.errors import EvaluationError
 from kvlathe.evaluation import upper_bound
 from kvlathe.tuning import CurvePoint, _verify, describe_budget, search_bits
 from tiny_models import VOCAB
@@ -38,7 +39,8 @@ from tiny_models import VOCAB
 _GRID = [1.625 + step / 8 for step in range(61)]
 
 
-def _point(bits: float, within: bool) -> CurvePoint:
+def _point(bits: float, within: bool, log_excess: float = math.inf) -> CurvePoint:
+    """A measurement that says whether the budget holds, but not by how much unless that is given."""
     quality = Quality(
         perplexity=10.0,
         exact_perplexity=10.0,
@@ -53,7 +55,7 @@ def _point(bits: float, within: bool) -> CurvePoint:
         kld_by_position=(0.0,),
         position_bin=1,
     )
-    return CurvePoint(bits, quality, 0.0, 0.0, within)
+    return CurvePoint(bits, quality, 0.0, 0.0, -abs(log_excess) if within else abs(log_excess))
 
 
 @functools.cache
@@ -106,6 +108,25 @@ def test_the_search_at_the_least_rate() -> None:
     best, _, _ = _search(lambda bits: True)
     assert best is not None
     assert best.bits_per_value == _rates()[0]
+
+
+@pytest.mark.parametrize("factor_per_bit", [2.0, 4.0, 6.0])
+def test_the_search_uses_how_far_off_a_measurement_is(factor_per_bit: float) -> None:
+    """KLD falls by about the same factor with every bit; then a rate up to 4.5 bits takes few measurements."""
+    n_tried = []
+    for budget_bits in _rates()[:24]:
+
+        def try_bits(candidate: Preset, budget_bits: float = budget_bits) -> CurvePoint:
+            missing_bits = budget_bits - candidate.bits_per_value
+            return _point(
+                candidate.bits_per_value, missing_bits <= 0, missing_bits * math.log(factor_per_bit)
+            )
+
+        best, curve = search_bits(preset_of("llama"), try_bits)
+        assert best is not None and best.bits_per_value == budget_bits
+        n_tried.append(len(curve))
+    assert max(n_tried) <= 5
+    assert sum(n_tried) / len(n_tried) <= 4
 
 
 @pytest.mark.parametrize("head_dim", [1, 2, 3])
@@ -284,6 +305,39 @@ def test_an_impossible_budget() -> None:
 def test_budgets_that_are_none(changes: dict[str, Any]) -> None:
     with pytest.raises(BudgetError):
         _options(**changes)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 0.4, 1.0, 95.0, math.nan])
+def test_a_confidence_is_a_share(confidence: float) -> None:
+    with pytest.raises(BudgetError, match=r"0\.95 stands for 95 %"):
+        _options(confidence=confidence)
+
+
+@pytest.mark.parametrize("name", ["evaluation_windows", "verification_windows"])
+def test_one_window_bounds_nothing(name: str) -> None:
+    with pytest.raises(BudgetError, match="at least 2"):
+        _options(**{name: 1})
+
+
+def test_windows_in_which_nothing_is_coded() -> None:
+    """Every preset would be perfect there."""
+    model, preset = model_of("llama"), _tuned().preset
+    least = preset.n_sinks + preset.block_len + TAIL
+    documents = _corpus(20).held_out
+    with pytest.raises(EvaluationError, match=f"take {least}"):
+        verify(model, Bytes(), documents, preset, window=least - 1, n_windows=6)
+    for calibrated in (None, preset):
+        with pytest.raises(EvaluationError, match=f"take {least}"):
+            tune(model, Bytes(), _corpus(), _options(window=least - 1), calibrated=calibrated)
+
+
+def test_windows_beyond_the_models_positions() -> None:
+    model = model_of("llama")
+    window = model.config.max_position_embeddings + 1
+    with pytest.raises(EvaluationError, match=f"at most {window - 1}"):
+        tune(model, Bytes(), _corpus(), _options(window=window))
+    with pytest.raises(EvaluationError, match=f"at most {window - 1}"):
+        verify(model, Bytes(), _corpus().held_out, _tuned().preset, window=window)
 
 
 def test_too_little_text() -> None:

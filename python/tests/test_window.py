@@ -158,3 +158,17 @@ def test_a_window_of_one_token_sees_no_past() -> None:
         assert torch.equal(layer.update(keys, values)[0], keys)
     with pytest.raises(ShapeError, match="sliding_window is 0"):
         make("identity", window=0)
+
+
+def test_sinks_are_exact_while_they_are_in_the_window() -> None:
+    layer = make("streams", tail=8)
+    keys, values = random_kv(120)
+    layer.update(keys[:, :, :50], values[:, :, :50])
+    assert layer.n_coded > 0
+    assert torch.equal(layer.keys[:, :, :4], keys[:, :, :4])
+    layer.update(keys[:, :, 50:61], values[:, :, 50:61])
+    # 59 of 61 tokens are still seen: two sinks have left.
+    assert torch.equal(layer.keys[:, :, :2], keys[:, :, 2:4])
+    layer.update(keys[:, :, 61:], values[:, :, 61:])
+    assert layer._store._sides[0].sinks.shape[2] == 0
+    assert close("streams", layer.keys, keys[:, :, 61:])

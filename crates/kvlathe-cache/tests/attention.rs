@@ -230,3 +230,34 @@ fn what_does_not_fit_is_refused() {
     let message = cache.attend(many, AttentionOptions::default(), &mut [0.0; 48], 1).unwrap_err().to_string();
     assert!(message.contains("beyond the tokens held"), "{message}");
 }
+
+/// Broken queries must not come out as the zeros of a query that sees nothing.
+#[test]
+fn what_is_no_number_stays_none() {
+    let (heads, d, n_tokens) = (1, 16, 100);
+    let policy = Policy { n_sinks: 4, compress_start_len: 0, n_tail: 20 };
+    let (keys, values) = (stream_set(heads, d, true), stream_set(heads, d, false));
+    let mut cache = LayerCache::<f32>::new(keys, values, policy, 1, heads, (d, d)).unwrap();
+    let x = wave(1, n_tokens * d);
+    let view = TensorView::contiguous(&x, [1, heads, n_tokens, d]).unwrap();
+    cache.append(view, view).unwrap();
+    cache.compress().unwrap();
+    assert!(cache.n_coded() > 0);
+    let sound = wave(2, d);
+    // NaN, and a norm beyond float32.
+    for broken in [f32::NAN, 1e25] {
+        let queries: Vec<f32> = [vec![broken; d], sound.clone()].concat();
+        let view = TensorView::contiguous(&queries, [1, 2 * heads, 1, d]).unwrap();
+        let mut out = vec![0.0; 2 * d];
+        cache.attend(view, AttentionOptions::default(), &mut out, 2).unwrap();
+        assert!(out[..d].iter().all(|v| v.is_nan()), "{broken}: {:?}", &out[..d]);
+        assert!(out[d..].iter().all(|v| v.is_finite()), "the other query is not touched");
+    }
+    // A query that sees nothing, though, is zeros: a row of padding.
+    let view = TensorView::contiguous(&sound, [1, heads, 1, d]).unwrap();
+    let mask = vec![0; n_tokens];
+    let mut out = vec![1.0; d];
+    let options = AttentionOptions { mask: Some(&mask), ..AttentionOptions::default() };
+    cache.attend(view, options, &mut out, 1).unwrap();
+    assert!(out.iter().all(|v| *v == 0.0));
+}

@@ -150,6 +150,9 @@ impl ModelMoments {
     ) -> Result<()> {
         let ModelShape { n_kv_heads, head_dim, .. } = self.shape;
         self.check(layer, q)?;
+        if n_tokens == 0 {
+            return Err(CalibError::Length { what: "the tokens of queries", given: 0, expected: 1 });
+        }
         let turn_back = self.turn_back(layer, Side::Key, first_position, n_tokens);
         let per_head = q.len() / n_kv_heads;
         for (head, moments) in self.streams[layer][Side::Key as usize].iter_mut().enumerate() {

@@ -73,7 +73,7 @@ impl StreamTables {
     /// fetched into the cache meanwhile.
     ///
     /// # Errors
-    /// Buffers of another length than the shapes ask for.
+    /// Buffers of another length than the shapes ask for, a walk for keys that are not rotated or none for those that are.
     #[expect(clippy::too_many_arguments, reason = "what one call of attention needs")]
     pub fn score_blocks(
         &self,
@@ -88,6 +88,7 @@ impl StreamTables {
         let n = queries.len();
         check_len("the queries", queries.scaled.len(), n * self.query_tables().n_places())?;
         check_len("the scores", scores.len(), n * blocks.len() * self.block_len)?;
+        check_len("the walks of rotations", usize::from(walk.is_some()), usize::from(self.rope.is_some()))?;
         self.check_blocks(blocks)?;
         scratch.fit_scores(self, n)?;
         kernels::score(isa, self, blocks, walk, queries, upcoming, scores, scratch);

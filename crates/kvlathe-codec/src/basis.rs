@@ -2,6 +2,7 @@
 
 use std::sync::OnceLock;
 
+use crate::block::row_bytes;
 use crate::error::{CodecError, Result};
 use crate::kernels::WIDE;
 use crate::linalg;
@@ -67,9 +68,14 @@ pub struct StreamTables {
     pub(crate) shape_mean: Vec<f32>,
     /// `[head_dim]`: cost of a squared error of one step, λᵢ·Δᵢ².
     pub(crate) step_cost: Vec<f32>,
+    /// `[n_coded]`: half of the number of levels.
+    pub(crate) half_levels: Vec<i32>,
     /// `[n_padded]`: what one level of drift is, in steps of each coefficient.
     pub(crate) drift_units: Vec<f32>,
+    /// Bytes of one packed block.
+    pub(crate) block_bytes: usize,
     pub(crate) rope: Option<Rope>,
+    synthesis_rows: OnceLock<Vec<f32>>,
     query_tables: OnceLock<QueryTables>,
 }
 
@@ -100,12 +106,21 @@ impl StreamTables {
                 .map(|c| basis.importance[c.column] * c.width.step().powi(2))
                 .collect(),
             drift_units: coefficients.iter().map(|c| DRIFT_STEP / c.width.step()).collect(),
+            half_levels: coefficients
+                .iter()
+                .filter(|c| c.width != Width::W0)
+                .map(|c| c.width.half_levels() as i32)
+                .collect(),
             rows_of_width: [Width::W8, Width::W4, Width::W3, Width::W2, Width::W1]
                 .map(|width| coefficients.iter().filter(|c| c.width == width).count()),
             coefficients,
+            block_bytes: 0,
             rope: rope.cloned(),
+            synthesis_rows: OnceLock::new(),
             query_tables: OnceLock::new(),
         };
+        let rows: usize = tables.widths().map(|width| row_bytes(width, block_len)).sum();
+        tables.block_bytes = tables.rows_at() + rows;
         tables.drift_units.resize(tables.n_padded(), 0.0);
         for (row, c) in tables.coefficients.iter().enumerate() {
             let step = f64::from(c.width.step());
@@ -138,6 +153,21 @@ impl StreamTables {
     #[inline(always)]
     pub(crate) fn mean(&self, component: usize) -> f32 {
         self.shape_mean[component * self.block_len + self.block_len / 2]
+    }
+
+    /// `[head_dim, n_padded]`: the transposed synthesis, a row for each coefficient; made on first use, because keys
+    /// never need it.
+    pub(crate) fn synthesis_rows(&self) -> &[f32] {
+        self.synthesis_rows.get_or_init(|| {
+            let (d, n_padded) = (self.head_dim, self.n_padded());
+            let mut rows = vec![0.0; d * n_padded];
+            for (component, columns) in self.synthesis.chunks_exact(d).enumerate() {
+                for (coefficient, value) in columns.iter().enumerate() {
+                    rows[coefficient * n_padded + component] = *value;
+                }
+            }
+            rows
+        })
     }
 
     /// What scoring needs; made on first use, because values never do.

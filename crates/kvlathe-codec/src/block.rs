@@ -38,8 +38,7 @@ impl StreamTables {
     /// Bytes of one packed block of this stream, side information included.
     #[must_use]
     pub fn block_bytes(&self) -> usize {
-        let rows: usize = self.widths().map(|width| row_bytes(width, self.block_len)).sum();
-        self.rows_at() + rows
+        self.block_bytes
     }
 
     /// Where the rows begin.

@@ -1,5 +1,6 @@
 //! The number formats in which models hand over keys and values.
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 /// A floating-point element of a key or value tensor.
@@ -56,5 +57,10 @@ impl Element for f16 {
     fn from_f32(value: f32) -> Self {
         // Decoding may overshoot the largest float16 by the quantiser's error; infinity would poison a softmax.
         Self::from_f32(value.clamp(-65504.0, 65504.0))
+    }
+    fn widen<'a>(values: &'a [Self], buffer: &'a mut Vec<f32>) -> &'a [f32] {
+        buffer.resize(values.len(), 0.0);
+        values.convert_to_f32_slice(buffer); // many at once, where the CPU can
+        buffer
     }
 }

@@ -146,7 +146,15 @@ impl Queries {
     pub fn new(tables: &StreamTables, queries: &[f32]) -> Self {
         let QueryTables { places, mean, .. } = tables.query_tables();
         let n_pairs = mean.n_pairs;
-        let mut ready = Self { n_places: places.len(), ..Self::default() };
+        let n = queries.len() / tables.head_dim;
+        let mut ready = Self {
+            scaled: Vec::with_capacity(n * places.len()),
+            mean_even: Vec::with_capacity(n * n_pairs),
+            mean_odd: Vec::with_capacity(n * n_pairs),
+            mean_rest: Vec::with_capacity(n),
+            factors: Vec::with_capacity(n),
+            n_places: places.len(),
+        };
         for query in queries.chunks_exact(tables.head_dim) {
             let norm = query.iter().map(|v| v * v).sum::<f32>().sqrt();
             let scale = if norm > 0.0 { NORM / norm } else { 0.0 };

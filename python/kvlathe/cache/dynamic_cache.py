@@ -20,6 +20,7 @@ from .layer import CompressedLayer
 from .layer_kinds import LayerKind, holds_recurrent_state, layer_kinds
 from .layer_store import Policy
 from .memory_stats import memory_stats
+from .padding import padding_lengths
 from .passes import Pass, Passes
 from .recurrent_states import RecurrentStates
 from .window import WindowLayer
@@ -194,6 +195,29 @@ class CompressedDynamicCache(RecurrentStates):
             elif current is None:
                 self._passes.see(None)
         return expanded
+
+    def note_padding(self, attention_mask: torch.Tensor) -> None:
+        """Tell an empty cache that rows of the coming batch begin with padding: their first real tokens stay exact.
+
+        `attach` does it by itself. Call it without `attach`, before the first pass through the model.
+
+        Args:
+            attention_mask: [B, tokens], 0 for padding, as a tokenizer gives it.
+
+        Raises:
+            ShapeError: a mask of another shape.
+            CacheStateError: the cache is not empty.
+        """
+        if attention_mask.dim() != 2:
+            raise ShapeError(
+                f"the attention mask has the shape {list(attention_mask.shape)}, expected [batch, tokens]"
+            )
+        if self.get_seq_length():
+            raise CacheStateError("note_padding() comes before the first tokens; reset() empties the cache")
+        lengths = padding_lengths(attention_mask)
+        for layer in self.layers:
+            if isinstance(layer, CompressedLayer):
+                layer.padding_next = lengths
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens held; see `DynamicCache`."""

@@ -13,6 +13,7 @@ from ..errors import CacheStateError, DeviceError, PicklingError, ResourceError,
 from ..preset import Side
 from .layer_store import LayerStore, Policy
 from .native_store import NativeStore
+from .padding import Padding, warn_of_padding
 from .states import Form, check_alike
 from .stores import make_store
 
@@ -46,6 +47,9 @@ class CompressedLayer(DynamicLayer):
         self.record_past = False
         # Set by `attach`'s hook just before `update`: attention will come straight to `attend`.
         self.attends_next = False
+        # Of the rows that the next sequence begins with, if somebody has told; and of those that are held.
+        self.padding_next: list[int] | None = None
+        self._padding: Padding | None = None
         super().__init__()
 
     # Every method looks at `_store` once: a `reset` from another thread may take it away in between.
@@ -54,7 +58,7 @@ class CompressedLayer(DynamicLayer):
     @property
     def keys(self) -> Tensor | None:
         store = self._store
-        return store.read()[0] if store else None
+        return self._read(store)[0] if store else None
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
@@ -63,7 +67,7 @@ class CompressedLayer(DynamicLayer):
     @property
     def values(self) -> Tensor | None:
         store = self._store
-        return store.read()[1] if store else None
+        return self._read(store)[1] if store else None
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
@@ -97,6 +101,27 @@ class CompressedLayer(DynamicLayer):
     def _new_store(self, key_states: Tensor, value_states: Tensor) -> LayerStore:
         return make_store(self._k_compressor, self._v_compressor, self.policy, key_states, value_states)
 
+    def _read(self, store: LayerStore, room: int = 0) -> tuple[Tensor, Tensor]:
+        keys, values = store.read(room)
+        if self._padding is not None:
+            self._padding.to_tokens(keys)
+            self._padding.to_tokens(values)
+        return keys, values
+
+    def _take_padding(self, n_new: int, batch: int) -> None:
+        """What the first tokens of a sequence mean for the exact slots."""
+        lengths, self.padding_next, self._padding = self.padding_next, None, None
+        if lengths is None or not any(lengths) or self.policy.n_sinks == 0 or self.is_sliding:
+            return
+        if batch % len(lengths):
+            raise ShapeError(f"padding was noted for {len(lengths)} rows, the batch has {batch}")
+        lengths = [n for n in lengths for _ in range(batch // len(lengths))]  # beams
+        padding = Padding(lengths, self.policy.n_sinks)
+        if padding.reach <= n_new:
+            self._padding = padding
+        else:
+            warn_of_padding(padding.reach, n_new)
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -129,13 +154,18 @@ class CompressedLayer(DynamicLayer):
         mark = store.mark()
         try:
             if store.n_tokens:
-                keys, values = store.read(room=key_states.shape[2])
+                keys, values = self._read(store, room=key_states.shape[2])
                 # From the end: a sliding window shows less than all that came before.
                 keys[:, :, keys.shape[2] - key_states.shape[2] :] = key_states
                 values[:, :, values.shape[2] - value_states.shape[2] :] = value_states
+                store.append(key_states, value_states)
             else:
                 keys, values = key_states, value_states
-            store.append(key_states, value_states)
+                self._take_padding(key_states.shape[2], key_states.shape[0])
+                if self._padding is None:
+                    store.append(key_states, value_states)
+                else:
+                    store.append(self._padding.to_slots(key_states), self._padding.to_slots(value_states))
             if not self.record_past:
                 store.compress()
         except Exception as error:
@@ -190,6 +220,8 @@ class CompressedLayer(DynamicLayer):
                 "this layer was reset between its update and its attention: another thread uses the same cache; give "
                 "each thread a cache of its own"
             )
+        if mask is not None and self._padding is not None:
+            mask = self._padding.mask_of_slots(mask)
         out = store.attend(
             queries,
             n_tokens=store.n_tokens if n_tokens is None else n_tokens,
@@ -263,8 +295,17 @@ class CompressedLayer(DynamicLayer):
         """
         self.check_crop(tokens_to_remove)
         store = self._store
-        if store is not None and tokens_to_remove < 0:
-            store.crop(min(-tokens_to_remove, store.n_tokens))
+        if store is None or tokens_to_remove >= 0:
+            return
+        n_left = max(0, store.n_tokens + tokens_to_remove)
+        if self._padding is not None and n_left < self._padding.reach:
+            # Less than the padding and the first tokens: what is left begins anew, in the order of tokens.
+            keys, values = (states[:, :, :n_left] for states in self._read(store))
+            self._padding = None
+            store.crop(store.n_tokens)
+            store.append(keys, values)
+        else:
+            store.crop(store.n_tokens - n_left)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -279,18 +320,26 @@ class CompressedLayer(DynamicLayer):
                 raise ShapeError(
                     f"batch index {indices.tolist()} does not exist, the cache holds {batch} rows"
                 ) from error
-            _select(store, picked.reshape(-1).tolist())
+            self._select(store, picked.reshape(-1).tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         store = self._store
         if store is not None and store.n_tokens:
-            _select(store, [row for row in range(store.batch) for _ in range(repeats)])
+            self._select(store, [row for row in range(store.batch) for _ in range(repeats)])
+
+    def _select(self, store: LayerStore, rows: list[int]) -> None:
+        if not rows:
+            raise ShapeError("no rows to keep; reset() empties a cache")
+        store.select(rows)
+        if self._padding is not None:
+            self._padding = self._padding.select(rows)
 
     def reset(self) -> None:
         self._store = None
         self.is_initialized = False
         self.record_past = False
         self.attends_next = False
+        self.padding_next = self._padding = None
 
     def offload(self) -> None:
         """Nothing to do: what is held is already small, and expanded tensors are never kept."""
@@ -315,9 +364,3 @@ class CompressedLayer(DynamicLayer):
             else:
                 twin.__dict__[name] = copy.deepcopy(value, memo)
         return twin
-
-
-def _select(store: LayerStore, rows: list[int]) -> None:
-    if not rows:
-        raise ShapeError("no rows to keep; reset() empties a cache")
-    store.select(rows)

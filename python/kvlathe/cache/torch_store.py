@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..compressors import check_fits
 from ..errors import NonFiniteError
-from ..torch_codec import MAX_MAGNITUDE
+from ..torch_codec import MAX_MAGNITUDE, can_be_coded
 from .layer_store import Policy
 from .nested_tensors import bytes_of
 from .torch_side import TorchSide
@@ -48,7 +48,7 @@ class TorchStore:
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         for side, tensor, name in zip(self._sides, (keys, values), ("keys", "values"), strict=True):
-            if side.is_coded and not bool((tensor.abs() <= MAX_MAGNITUDE).all()):
+            if side.is_coded and not can_be_coded(tensor):
                 raise NonFiniteError(f"{name} hold NaN, infinity or a magnitude above {MAX_MAGNITUDE:g}")
         with self._both_or_none() as sides:
             for side, tensor in zip(sides, (keys, values), strict=True):

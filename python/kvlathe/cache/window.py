@@ -2,7 +2,7 @@
 
 A query of such a layer sees ``sliding_window`` tokens, its own included, so ``sliding_window - 1`` past tokens are
 all that a later call can need. Older ones are dropped, coded ones in whole blocks, which leaves up to a block less one
-more. There are no sinks: the first tokens of a sequence leave the window like all others.
+more. Sinks stay exact as long as they are in the window, and leave it like all others.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class WindowLayer(CompressedLayer):
     Its attention is always the model's own, over the expanded window: `attach` leaves it alone.
 
     Args:
-        k_compressor, v_compressor, policy, device: as for `CompressedLayer`; sinks are ignored.
+        k_compressor, v_compressor, policy, device: as for `CompressedLayer`.
         sliding_window: tokens that a query sees, its own included.
 
     Raises:
@@ -84,9 +84,7 @@ class WindowLayer(CompressedLayer):
         if sliding_window < 1:
             raise ShapeError(f"sliding_window is {sliding_window}, expected at least 1 token")
         self.sliding_window = sliding_window
-        super().__init__(
-            k_compressor, v_compressor, Policy(0, policy.compress_start_len, policy.n_tail), device
-        )
+        super().__init__(k_compressor, v_compressor, policy, device)
 
     def _new_store(self, key_states: Tensor, value_states: Tensor) -> LayerStore:
         store = WindowStore(

@@ -99,14 +99,6 @@ def _windows(arguments: argparse.Namespace, corpus: Corpus, tokenizer: Any) -> l
     return windows(tokenizer, corpus.held_out, arguments.window, arguments.windows, seed)
 
 
-def _check_length(config: Any, window: int) -> None:
-    from ..errors import EvaluationError
-
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(limit, int) and limit < window:
-        raise EvaluationError(f"--window {window}: the model reads at most {limit} tokens")
-
-
 def _draw(results: Sequence[Result], skipped: Sequence[str], arguments: argparse.Namespace) -> None:
     """The report and the plots that were asked for."""
     from ..evaluation.plots import PLOTS
@@ -122,19 +114,21 @@ def run_eval(arguments: argparse.Namespace) -> int:
         say(wrong)
         return 2
     from ..baselines import Subject
+    from ..errors import EvaluationError
     from ..evaluation import PresetMethod, Results, evaluate
     from ..evaluation.plots import require_matplotlib
     from ..evaluation.report import describe_mode
     from ..evaluation.run import make_setting
     from ..evaluation.table import markdown
     from ..token_windows import windows
+    from ..window_length import check_model_reads
 
     if arguments.report is not None or arguments.plots is not None:
         require_matplotlib()
     results = Results(arguments.output)
     loaded, corpus = model_and_text(arguments)
     model, tokenizer = loaded.model, loaded.tokenizer
-    _check_length(model.config, arguments.window)
+    check_model_reads(model.config, arguments.window)
     judged = _windows(arguments, corpus, tokenizer)
     setting = make_setting(
         model,
@@ -164,6 +158,8 @@ def run_eval(arguments: argparse.Namespace) -> int:
     ]
     baselines, skipped = chosen_baselines(named, subject)
     methods += baselines
+    if not methods:
+        raise EvaluationError(f"nothing to measure: {'; '.join(skipped)}")
     say(
         f"{loaded.name}: {len(judged)} windows of {arguments.window} tokens of {corpus.name}; {describe_mode(setting)}"
     )

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def model_and_text(arguments: argparse.Namespace) -> tuple[LoadedModel, Corpus]:
-    """What ``--model``, ``--device``, ``--dtype`` and ``--text`` (or the default corpus, by ``--seed``) name.
+    """What ``--model``, ``--device``, ``--dtype`` and ``--text`` (or the default corpus) name.
+
+    A seed chooses windows, never the sides of the default corpus: what one command has calibrated on, none judges on.
 
     Raises:
         DeviceError, CorpusError, ModelError: they cannot be had. The model comes last: it takes longest.
@@ -28,7 +30,7 @@ def model_and_text(arguments: argparse.Namespace) -> tuple[LoadedModel, Corpus]:
     from ..model_loading import load_model
 
     device = available_device(arguments.device)
-    corpus = corpus_from_files(arguments.text) if arguments.text else default_corpus(seed=arguments.seed)
+    corpus = corpus_from_files(arguments.text) if arguments.text else default_corpus()
     return load_model(arguments.model, device=device, dtype=getattr(torch, arguments.dtype)), corpus
 
 

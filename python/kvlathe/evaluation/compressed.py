@@ -56,7 +56,7 @@ class PresetMethod:
         label: tells presets apart, such as the file's name; empty where there is only one.
 
     Raises:
-        EvaluationError: a calibration without a rate.
+        EvaluationError: a calibration without a rate, or a preset for a cache of another shape.
     """
 
     def __init__(self, preset: Preset, shape: ModelShape, label: str = "") -> None:
@@ -64,6 +64,12 @@ class PresetMethod:
             raise EvaluationError(
                 f"the preset {label or preset.meta['model']} holds a calibration, but no rate; give one or more, "
                 f"such as --bits 2.25 3.25"
+            )
+        given = (preset.n_layers, int(preset.meta["head_dim"]))
+        if given != (shape.n_layers, shape.head_dim):
+            raise EvaluationError(
+                f"the preset {label or preset.meta['model']} is for {given[0]} layers and head_dim {given[1]}, the "
+                f"model has {shape.n_layers} layers and head_dim {shape.head_dim}; give a preset of this model"
             )
         of = f", {label}" if label else ""
         kind = "seed preset" if preset.is_seed_style else "kvlathe"

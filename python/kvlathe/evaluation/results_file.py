@@ -24,12 +24,15 @@ class Keyed(Protocol):
 
 Line = TypeVar("Line", bound=Keyed)
 
+# A cut line is told from another kind of file by how results begin.
+_LINE_BEGINS = '{"key": "'
+
 
 class ResultsFile(Generic[Line]):
     """JSON Lines, one line a result, appended as soon as it is measured.
 
     Args:
-        path: need not exist. A last line that an interruption cut short is dropped.
+        path: need not exist. A last line that an interruption cut short is dropped, once there is a new result.
         parse: reads a line; raises ValueError, KeyError or TypeError for one that is no such result.
         command: whose results these are, for messages: "kvlathe eval".
 
@@ -42,16 +45,25 @@ class ResultsFile(Generic[Line]):
         self._parse = parse
         self._command = command
         self._found: dict[str, Line] = {}
+        # What is done to the file before the first line is added: bytes to keep of it, and what ends its last line.
+        self._kept_bytes: int | None = None
+        self._line_end = ""
         try:
             text = path.read_text(encoding="utf-8") if path.exists() else ""
-            whole, _, cut = text.rpartition("\n")
-            for number, line in enumerate(whole.splitlines(), start=1):
-                self._add(line, number)
-            if cut:
-                with path.open("r+b") as file:
-                    file.truncate(len(text.encode()) - len(cut.encode()))
         except (OSError, UnicodeDecodeError) as error:
             raise EvaluationError(f"cannot read the results in {path}: {error}") from error
+        whole, _, cut = text.rpartition("\n")
+        lines = whole.splitlines()
+        for number, line in enumerate(lines, start=1):
+            self._add(line, number)
+        if cut:
+            try:
+                self._add(cut, len(lines) + 1)
+                self._line_end = "\n"
+            except EvaluationError:
+                if not (cut.startswith(_LINE_BEGINS) or _LINE_BEGINS.startswith(cut)):
+                    raise  # somebody else's file
+                self._kept_bytes = len(text.encode()) - len(cut.encode())
 
     def _add(self, line: str, number: int) -> None:
         try:
@@ -73,12 +85,15 @@ class ResultsFile(Generic[Line]):
     def append(self, result: Line) -> None:
         """Write a result; it is on the disk when this returns."""
         try:
+            if self._kept_bytes is not None:
+                os.truncate(self.path, self._kept_bytes)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(result.to_json() + "\n")
+                file.write(self._line_end + result.to_json() + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise EvaluationError(f"cannot write to {self.path}: {error}") from error
+        self._kept_bytes, self._line_end = None, ""
         self._found[result.key] = result
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,6 +23,9 @@ from .method import Method, coders_of
 from .quality import Evaluator, Quality
 from .results_file import ResultsFile, dataclass_from
 from .size import CacheSize, cache_size
+
+# Of a config, what tells where a model came from, not what it computes.
+_NAMES = frozenset({"_name_or_path", "name_or_path", "transformers_version"})
 
 # Lengths at which every result states its bits a value, besides that of its windows.
 LENGTHS = (2048, 8192, 32768)
@@ -111,9 +115,19 @@ def windows_digest(windows: Iterable[Tensor]) -> str:
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """The config's fingerprint and a few numbers of every parameter: enough to tell fine-tuned models apart."""
-    digest = hashlib.sha256(fingerprint(config_json(model.config)).encode())
-    for name, parameter in model.named_parameters():
+    """The config, a few numbers of every parameter and buffer, and what computes with them: enough to tell fine-tuned
+    models, and the same model under another version of transformers, apart."""
+    config = model.config.to_dict()
+    told_apart = [
+        fingerprint(config_json(model.config)),
+        # Names do not count: the same model in another folder is the same model.
+        json.dumps({k: v for k, v in config.items() if k not in _NAMES}, sort_keys=True, default=str),
+        str(model.config._attn_implementation),
+        model.device.type,
+        transformers.__version__,
+    ]
+    digest = hashlib.sha256("\0".join(told_apart).encode())
+    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float32)
         digest.update(name.encode() + sample.numpy().tobytes())
@@ -203,7 +217,7 @@ def evaluate(
         key = setting.key(method)
         kept = results.get(key)
         if kept is not None:
-            kept = dataclasses.replace(kept, name=method.name, family=method.family)
+            kept = dataclasses.replace(kept, name=method.name, family=method.family, setting=setting)
             (on_kept or (lambda _: None))(kept)
             yield kept
             continue

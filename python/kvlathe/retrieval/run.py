@@ -205,7 +205,7 @@ def search(
             for prompt, holder, key in weighted_progress(keys, weights, "searching", "token"):
                 kept = trials.get(key)
                 if kept is not None:
-                    kept = dataclasses.replace(kept, name=holder.name, family=holder.family)
+                    kept = dataclasses.replace(kept, name=holder.name, family=holder.family, setting=setting)
                     (on_kept or (lambda _: None))(kept)
                     yield kept
                     continue

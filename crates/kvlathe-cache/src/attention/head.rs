@@ -30,7 +30,7 @@ pub(super) struct Place {
 /// Packed blocks that follow one another, the same of all heads.
 pub(super) struct BlockRun {
     blocks: Range<usize>,
-    /// At the first block, made by whichever head comes first: its sines take as long as scoring a block.
+    /// At the first block, left by whichever head comes first: its sines take as long as scoring a block.
     walk: OnceLock<Option<RotationWalk>>,
 }
 
@@ -38,6 +38,15 @@ impl BlockRun {
     pub(super) fn new(blocks: Range<usize>) -> Self {
         Self { blocks, walk: OnceLock::new() }
     }
+}
+
+/// What another thread has left, or makes it. Two may make it at once: a thread that waited for the other would go to
+/// sleep, and waking takes longer.
+fn shared<T>(slot: &OnceLock<T>, make: impl FnOnce() -> T) -> &T {
+    if slot.get().is_none() {
+        let _ = slot.set(make());
+    }
+    slot.get().expect("set above, by this thread or another")
 }
 
 /// The work of one KV head of one sequence.
@@ -49,7 +58,7 @@ pub(super) struct Head<'a, E> {
     pub(super) head: usize,
     /// `[n, key_dim]` times the attention's scaling, `n` = group · queries, a query head's queries one after another.
     pub(super) queries: &'a [f32],
-    /// The same, made ready for packed keys by whoever needs it first.
+    /// The same made ready for packed keys, left by whoever needs it first.
     pub(super) prepared: OnceLock<Queries>,
     pub(super) visibility: Visibility<'a>,
     pub(super) options: AttentionOptions<'a>,
@@ -82,7 +91,7 @@ impl<E: Element> Head<'_, E> {
         let mut partial = Partial::new(values.head_dim(), n)?;
         let mut sums = CoefficientSums::new(values, n);
         rescale.resize(n, 1.0);
-        let queries = self.prepared.get_or_init(|| Queries::new(keys, self.queries));
+        let queries = shared(&self.prepared, || Queries::new(keys, self.queries));
 
         let [key_blocks, value_blocks] =
             [(self.key, self.keys), (self.value, self.values)].map(|(row, set)| {
@@ -91,8 +100,8 @@ impl<E: Element> Head<'_, E> {
             });
         let mut first = self.key.n_sinks_held() + run.blocks.start * block_len;
         let (middle, step) = ((first + block_len / 2) as i64, block_len as i64);
-        let walk = run.walk.get_or_init(|| self.keys.rope().map(|rope| rope.walk_back(middle, step)));
-        let mut walk = walk.clone();
+        let mut walk =
+            shared(&run.walk, || self.keys.rope().map(|rope| rope.walk_back(middle, step))).clone();
         let blocks_of_tile = MAX_TOKENS_AT_ONCE / block_len;
         for (key_blocks, value_blocks) in
             key_blocks.chunks(blocks_of_tile).zip(value_blocks.chunks(blocks_of_tile))

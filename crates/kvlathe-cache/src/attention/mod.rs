@@ -34,7 +34,7 @@ const MAX_PART_QUERIES: usize = 2048;
 const WORTH_WAKING: usize = 2_500_000;
 
 /// What attention does beyond softmax(q·k)·v.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub struct AttentionOptions<'a> {
     /// Factor on q·k.
     pub scaling: f32,
@@ -45,6 +45,13 @@ pub struct AttentionOptions<'a> {
     pub softcap: Option<f32>,
     /// One score a query head that joins the softmax without a value (gpt-oss).
     pub sink_scores: Option<&'a [f32]>,
+}
+
+impl Default for AttentionOptions<'_> {
+    /// Causal, with scores as they are.
+    fn default() -> Self {
+        Self { scaling: 1.0, mask: None, softcap: None, sink_scores: None }
+    }
 }
 
 /// What one task does for one head.

@@ -34,6 +34,7 @@ pub(super) fn accumulate<M: Multiply>(
     let Scratch {
         products,
         weights_i16,
+        level_dots,
         row_codes,
         gains,
         scales,
@@ -85,12 +86,17 @@ pub(super) fn accumulate<M: Multiply>(
         let dots = &mut products[..n_queries * together];
         M::dot_codes(weights_i16, row_codes, dots, (stride, together));
         for q in 0..n_queries {
-            let sums = &mut sums.sums[q * d + first..][..together];
-            for i in 0..together {
-                let offset = f64::from(tables.coefficients[first + i].width.level_offset());
-                let levels = f64::from(dots[q * together + i]) + offset * f64::from(totals[q]);
-                sums[i] = (levels as f32).mul_add(units[q], sums[i]);
-            }
+            level_dots[q * n_coded + first..][..together].copy_from_slice(&dots[q * together..][..together]);
+        }
+    }
+    for q in 0..n_queries {
+        let (dots, sums) = (&level_dots[q * n_coded..][..n_coded], &mut sums.sums[q * d..][..n_coded]);
+        let (half_levels, total, unit) = (&tables.half_levels[..n_coded], totals[q], units[q]);
+        // A level is its code, less half of all levels, and a half.
+        let half_total = 0.5 * total as f32;
+        for i in 0..n_coded {
+            let levels = (dots[i] - half_levels[i] * total) as f32 + half_total;
+            sums[i] = levels.mul_add(unit, sums[i]);
         }
     }
 }
@@ -138,19 +144,13 @@ fn quantise<V: Floats<N>, const N: usize>(weights: &[f32], scales: &[f32], integ
 /// As [`StreamTables::finish_sums`].
 #[inline(always)]
 pub(super) fn finish<M: Multiply>(tables: &StreamTables, sums: &CoefficientSums, out: &mut [f32]) {
-    let d = tables.head_dim;
-    let whole = d / WIDE * WIDE;
-    for q in 0..sums.n_queries() {
-        let out = &mut out[q * d..(q + 1) * d];
-        let coefficients = &sums.sums[q * d..(q + 1) * d];
-        let mean_weight = sums.mean_weights[q];
+    let (d, n_padded) = (tables.head_dim, tables.n_padded());
+    let mut vectors = vec![0.0; sums.n_queries() * n_padded];
+    M::multiply(&sums.sums, tables.synthesis_rows(), &mut vectors, (d, n_padded));
+    for (q, vector) in vectors.chunks_exact(n_padded).enumerate() {
+        let (out, mean_weight) = (&mut out[q * d..(q + 1) * d], sums.mean_weights[q]);
         for j in 0..d {
-            let row = &tables.synthesis[j * d..(j + 1) * d];
-            let mut sum = dot::<M::F32x16, WIDE>(&row[..whole], &coefficients[..whole]);
-            for i in whole..d {
-                sum = row[i].mul_add(coefficients[i], sum);
-            }
-            out[j] += mean_weight.mul_add(tables.mean(j), sum);
+            out[j] += mean_weight.mul_add(tables.mean(j), vector[j]);
         }
     }
 }

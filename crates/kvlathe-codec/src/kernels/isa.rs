@@ -5,7 +5,11 @@ use std::sync::LazyLock;
 /// An instruction set that kernels are compiled for.
 ///
 /// Values other than `Portable` exist only where the CPU has the features: [`best_isa`] and [`available_isas`] are
-/// the only ways to get one.
+/// the only ways to get one outside this crate, which is what makes safe functions of the kernels.
+///
+/// ```compile_fail
+/// let isa = kvlathe_codec::Isa::Avx2; // nobody has looked whether the CPU has it
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Isa {
@@ -13,15 +17,19 @@ pub enum Isa {
     Portable,
     /// AVX2 and FMA.
     #[cfg(target_arch = "x86_64")]
+    #[non_exhaustive]
     Avx2,
     /// AVX-512 F, BW, VL, DQ.
     #[cfg(target_arch = "x86_64")]
+    #[non_exhaustive]
     Avx512,
     /// AVX-512 with VNNI.
     #[cfg(target_arch = "x86_64")]
+    #[non_exhaustive]
     Avx512Vnni,
     /// NEON, in intrinsics.
     #[cfg(target_arch = "aarch64")]
+    #[non_exhaustive]
     Neon,
 }
 

@@ -89,6 +89,8 @@ pub struct Scratch {
     pub(crate) offsets: Vec<f32>,
     /// `[n_queries]`: sums of `weights_i16`.
     pub(crate) totals: Vec<i32>,
+    /// `[n_queries, n_coded]`: products of `weights_i16` with codes.
+    pub(crate) level_dots: Vec<i32>,
     /// Codes of a few coefficients over many tokens.
     pub(crate) row_codes: Vec<u8>,
 }
@@ -150,6 +152,7 @@ impl Scratch {
         fit(&mut self.weights_i16, n_queries * stride)?;
         fit(&mut self.units, n_queries)?;
         fit(&mut self.totals, n_queries)?;
+        fit(&mut self.level_dots, n_queries * tables.n_coded())?;
         fit(&mut self.row_codes, accumulate::TOGETHER * stride)?;
         fit(&mut self.drift, n_blocks * n_padded)?;
         fit(&mut self.block_weights, n_queries * n_blocks)?;

@@ -28,7 +28,7 @@ fn exp(x: f32) -> f32 {
 /// Turns `scores` `[n_queries, n]` into weights e^(score − max) and updates each query's running maximum and sum.
 ///
 /// `rescale[q]` receives the factor by which what was summed before must be multiplied (1 if the maximum stayed).
-/// Scores of −∞ weigh nothing; a query without any finite score keeps maximum −∞.
+/// Scores of −∞ weigh nothing; a query that sees nothing keeps maximum −∞. NaN among the scores makes the sum NaN, for good.
 #[inline(always)]
 pub(super) fn weigh<M: Multiply>(
     scores: &mut [f32],
@@ -41,6 +41,10 @@ pub(super) fn weigh<M: Multiply>(
         let scores = &mut scores[q * n..(q + 1) * n];
         let largest = larger(largest_score(scores), max[q]);
         if largest == f32::NEG_INFINITY {
+            if scores.iter().any(|score| score.is_nan()) {
+                // Not a query that sees nothing, which would give zeros.
+                (max[q], sum[q]) = (0.0, f32::NAN);
+            }
             scores.fill(0.0);
             rescale[q] = 1.0;
             continue;
