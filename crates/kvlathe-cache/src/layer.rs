@@ -211,7 +211,8 @@ impl<E: Element> LayerCache<E> {
         self.key.granularity().max(self.value.granularity())
     }
 
-    /// Codes every whole block that has left the tail.
+    /// Codes every whole block that has left the tail, on the rayon pool that it is called in: call it inside
+    /// [`crate::with_threads`], or it takes the application's.
     ///
     /// # Errors
     /// What the codec refuses, no memory. All tokens stay exact then.
@@ -242,7 +243,8 @@ impl<E: Element> LayerCache<E> {
         Ok(())
     }
 
-    /// Writes all keys to the first tokens of `out`, `[batch, heads, out_tokens, head_dim]` contiguous.
+    /// Writes all keys to the first tokens of `out`, `[batch, heads, out_tokens, head_dim]` contiguous; on threads as in
+    /// [`LayerCache::compress`].
     ///
     /// # Errors
     /// A buffer of another size, fewer `out_tokens` than tokens held.

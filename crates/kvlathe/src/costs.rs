@@ -32,7 +32,8 @@ fn cost(side: &SidePreset) -> Result<f64> {
 /// see [`crate::with_bits`]. The calibration's record keeps the factors.
 ///
 /// # Errors
-/// A seed preset, factors for another number of layers, or one that is not above 0 and finite.
+/// A seed preset, factors for another number of layers, or one that is not above 0 and finite, or too large for the
+/// importances.
 pub fn with_cost_factors(preset: &Preset, factors: &[[f64; 2]]) -> Result<Preset> {
     check(preset, "other importances")?;
     if factors.len() != preset.layers().len() {
@@ -48,6 +49,9 @@ pub fn with_cost_factors(preset: &Preset, factors: &[[f64; 2]]) -> Result<Preset
             }
             for stream in &mut side.streams {
                 stream.importance.iter_mut().for_each(|v| *v = (f64::from(*v) * factor) as f32);
+                if stream.importance.iter().any(|v| !v.is_finite()) {
+                    return Err(Error::Factor { layer, given: factor });
+                }
                 stream.widths.fill(0);
             }
         }
