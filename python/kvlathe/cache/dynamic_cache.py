@@ -244,8 +244,8 @@ class CompressedDynamicCache(RecurrentStates):
             )
             raise CacheStateError(
                 f"layers of this cache hold {unlike}: a pass through the model, or another call, was cut short by an "
-                f"exception or mixed up with another thread's; crop(0) removes the tokens of such a pass, reset() "
-                f"empties the cache"
+                f"exception or mixed up with another thread's; crop(0) removes the tokens of such a pass unless it "
+                f"was the cache's first, reset() empties the cache"
             )
         if compressed:
             self._passes.begin(held[0][0] if held else 0, len(compressed))
@@ -276,7 +276,8 @@ class CompressedDynamicCache(RecurrentStates):
         """Remove the newest tokens; zero or negative, as in transformers 5.
 
         Where an exception has ended a pass through the model early, its tokens go as well, from the layers that have
-        them: `crop(0)` removes nothing else. Older tokens that such a pass has coded stay coded.
+        them: `crop(0)` removes nothing else. A cache's very first pass cannot be told from layers that a model leaves
+        out: there `reset` does it. Older tokens that such a pass has coded stay coded.
 
         Raises:
             ShapeError: a positive number.
