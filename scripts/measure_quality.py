@@ -5,10 +5,11 @@
     python scripts/measure_quality.py quality-qwen/ --model Qwen/Qwen2.5-Coder-0.5B-Instruct --text articles.txt \\
         --judge other-articles.txt --lengths 4096 8192 16384 32768 --depths 0 0.5 1 --kinds number
 
-A preset is tuned on --text; all that is reported of it is measured on --judge, which neither calibration nor search
-sees. Everything lies in one folder: preset.safetensors (made unless it is there), eval.jsonl and needle.jsonl, plots/,
-and quality.md with the tables, the machine, versions and seeds. The same command goes on where an earlier one stopped.
-On two cores: about an hour and a half for SmolLM2, several for Qwen2.5-0.5B.
+A preset is tuned on --text; the promise is verified, and every cache judged, on --judge, which neither calibration nor
+search sees. (Calibrated baselines calibrate on a part of --judge that does not judge, which favours them.) Everything
+lies in one folder: preset.safetensors (made unless it is there), eval.jsonl and needle.jsonl, plots/, and quality.md
+with the tables, the machine, versions and seeds. The same command goes on where an earlier one stopped. On two cores:
+about an hour and a half for SmolLM2, several for Qwen2.5-0.5B.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ def run(*command: str | Path, accepted: tuple[int, ...] = (0,)) -> str:
     start = time.perf_counter()
     with redirect_stdout(printed):
         status = kvlathe(words)
-    if status not in accepted:
-        raise SystemExit(status)
+    if status not in accepted or not printed.getvalue():
+        raise SystemExit(status or 1)
     seconds = time.perf_counter() - start
     return (
         f"```text\nkvlathe {' '.join(words)}\n```\n\n{printed.getvalue().strip()}\n\n{seconds:.0f} seconds.\n"
@@ -91,6 +92,8 @@ def run(*command: str | Path, accepted: tuple[int, ...] = (0,)) -> str:
 
 def main() -> int:
     asked = arguments()
+    if set(asked.text) & set(asked.judge):
+        raise SystemExit("--text and --judge name the same file: what judges must not have been seen")
     asked.folder.mkdir(parents=True, exist_ok=True)
     model = ("--model", asked.model)
     seed = ("--seed", asked.seed)

@@ -23,14 +23,15 @@ from transformers.masking_utils import sdpa_mask
 
 from .cache import CompressedDynamicCache
 from .cache.layer import CompressedLayer
-from .cache.padding import padding_lengths
+from .cache.padding import PaddedRows
 from .errors import ModelError
 from .model_loading import attention_modules
 from .two_sided import TwoSidedPlan, two_sided_attention
 
 ATTENTION_NAME = "kvlathe"
-# Tokens of a prompt that `generate` gives to the model at once.
+# Tokens of a prompt that `generate` gives to the model at once; more where rows begin with that much padding.
 PREFILL_CHUNK_TOKENS = 512
+MOST_CHUNK_TOKENS = 4096
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 # Architectures whose attention hands keys from the cache to the attention function untouched; each is tested.
@@ -124,13 +125,11 @@ def _announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         # Sliding windows and transformers' own layers go through dense attention.
         if ours and isinstance(layer, CompressedLayer) and not layer.is_sliding:
             layer.attends_next = True
-            if not layer.get_seq_length():
-                mask = kwargs.get("attention_mask")
-                # Of a boolean mask [B, 1, T, T]: real tokens see themselves. Without padding there may be no mask.
-                told = (
-                    isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape[2] == mask.shape[3]
-                )
-                layer.padding_next = padding_lengths(mask[:, 0].diagonal(dim1=1, dim2=2)) if told else None  # type: ignore[index]
+            mask = kwargs.get("attention_mask")
+            first = not layer.get_seq_length() and isinstance(mask, Tensor) and mask.dtype == torch.bool
+            # Of a mask [B, 1, T, T]: real tokens see themselves. Without padding there may be none.
+            if first and mask.shape[2] == mask.shape[3]:  # type: ignore[union-attr]
+                layer.padding_seen = PaddedRows.of(mask[:, 0].diagonal(dim1=1, dim2=2))  # type: ignore[index]
 
 
 def _generate_in_chunks(
@@ -147,19 +146,22 @@ def _generate_in_chunks(
 
 
 def _chunk_tokens(cache: CompressedDynamicCache, mask: Any) -> int:
-    """The first chunk must reach to every row's first tokens, which stay exact (`kvlathe.cache.padding`)."""
+    """Chunks that reach to every row's first tokens, which stay exact (`kvlathe.cache.padding`)."""
     if not isinstance(mask, Tensor) or mask.dim() != 2 or cache.get_seq_length():
         return PREFILL_CHUNK_TOKENS
     n_sinks = max(
         (layer.policy.n_sinks for layer in cache.layers if isinstance(layer, CompressedLayer)), default=0
     )
-    return max(PREFILL_CHUNK_TOKENS, max(padding_lengths(mask)) + n_sinks)
+    longest = max(PaddedRows.of(mask).lengths)
+    reach = longest + n_sinks if longest and n_sinks else 0
+    return max(PREFILL_CHUNK_TOKENS, min(reach, MOST_CHUNK_TOKENS))
 
 
 def attach(model: Model) -> Model:
     """Let the model decode straight from a `CompressedDynamicCache`'s blocks. Twice is the same as once.
 
-    With such a cache, `model.generate` also reads prompts in chunks of `PREFILL_CHUNK_TOKENS` tokens unless it is told
+    With such a cache, `model.generate` also reads prompts in chunks of `PREFILL_CHUNK_TOKENS` tokens (of the longest
+    padding in front of a row, and a few more, where that is longer, up to `MOST_CHUNK_TOKENS`) unless it is told
     another ``prefill_chunk_size`` (None: all at once).
 
     Returns:

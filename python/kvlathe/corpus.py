@@ -272,7 +272,9 @@ def halves(
         ends = list(accumulate(len(document.text) for document in documents))
         n_first = sum(end <= ends[-1] / 2 for end in ends)
         n_first = min(max(n_first, 1), len(documents) - 1)
-        return tuple(documents[:n_first]), tuple(documents[n_first:])
+        known = {document.text for document in documents[:n_first]}
+        rest = tuple(document for document in documents[n_first:] if document.text not in known)
+        return tuple(documents[:n_first]), rest
     sides: tuple[list[Document], list[Document]] = ([], [])
     lengths = [0, 0]
     for document in sorted(documents, key=lambda document: rank(document.name, seed)):

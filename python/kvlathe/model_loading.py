@@ -280,7 +280,9 @@ def load_model(
         raise ModelError(f"no such model folder or file: {given}")
     try:
         model, tokenizer = _from_pretrained(location, device, dtype)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except RuntimeError as error:  # the device's memory, most likely
+        raise ModelError(f"cannot load {given!r}: {error}") from error
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         if location != given or path.exists():
             raise ModelError(f"cannot load the model in {location}: {error}") from error
         reason = str(error).strip().splitlines()

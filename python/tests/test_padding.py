@@ -13,11 +13,12 @@ from cache_helpers import model_of, preset_of, random_kv, stream_compressor, tok
 from kvlathe import CompressedDynamicCache, PaddingWarning, ShapeError, attach, detach
 from kvlathe.cache.layer import CompressedLayer
 from kvlathe.cache.layer_store import Policy
-from kvlathe.cache.padding import Padding, padding_lengths
-from kvlathe.errors import CacheStateError
+from kvlathe.cache.padding import PaddedRows, Padding
+from kvlathe.errors import CacheStateError, NonFiniteError
 
 N_SINKS = 4
 LENGTHS = [0, 2, 4, 23]
+ROWS = PaddedRows(tuple(LENGTHS), 40)
 
 
 def mask(length: int) -> Tensor:
@@ -32,15 +33,14 @@ def layer(bits: float = 3.0) -> CompressedLayer:
 def filled(n_tokens: int = 120) -> tuple[CompressedLayer, Tensor]:
     of_layer = layer()
     keys, values = random_kv(n_tokens, batch=len(LENGTHS))
-    of_layer.padding_next = LENGTHS
+    of_layer.padding_seen = ROWS
     of_layer.update(keys, values)
     return of_layer, keys
 
 
 def test_lengths_of_a_mask() -> None:
-    assert padding_lengths(mask(40)) == LENGTHS
-    assert padding_lengths(mask(40).bool()) == LENGTHS
-    assert padding_lengths(torch.zeros(2, 5)) == [0, 0]
+    assert PaddedRows.of(mask(40)) == PaddedRows.of(mask(40).bool()) == ROWS
+    assert PaddedRows.of(torch.zeros(2, 5)).lengths == (5, 5)
 
 
 def test_slots_and_tokens_are_each_others_inverse() -> None:
@@ -107,25 +107,54 @@ def test_crop(n_left: int) -> None:
 
 
 def test_padding_beyond_the_first_pass_is_said() -> None:
+    """The other rows keep their first tokens."""
     of_layer = layer()
-    of_layer.padding_next = LENGTHS
-    keys, values = random_kv(20, batch=len(LENGTHS))
-    with pytest.warns(PaddingWarning, match="prefill_chunk_size=27"):
-        of_layer.update(keys, values)
+    of_layer.padding_seen = ROWS
+    keys, values = random_kv(120, batch=len(LENGTHS))
+    with pytest.warns(PaddingWarning, match="up to 23 tokens of padding"):
+        of_layer.update(keys[:, :, :20], values[:, :, :20])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        of_layer.update(keys[:, :, 20:], values[:, :, 20:])
+    rows = [0, 1, 2]
+    of_layer.reorder_cache(torch.tensor(rows))
+    assert first_tokens_are_exact(of_layer, keys[rows], LENGTHS[:3])
+
+
+def test_a_row_of_fewer_tokens_than_sinks() -> None:
+    """Nothing more will come of it, so nothing is said; all of it is exact, and so are the others' first tokens."""
+    of_layer = layer()
+    of_layer.padding_seen = PaddedRows((0, 30, 118), 120)
+    keys, values = random_kv(120, batch=3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         of_layer.update(keys, values)
-    assert of_layer.get_seq_length() == 40
+    assert first_tokens_are_exact(of_layer, keys[:2], [0, 30])
+    held = of_layer.keys
+    assert held is not None
+    assert torch.equal(held[2, :, 118:], keys[2, :, 118:])
+
+
+def test_what_was_noted_survives_a_refused_call() -> None:
+    of_layer = layer()
+    of_layer.padding_noted = ROWS
+    keys, values = random_kv(120, batch=len(LENGTHS))
+    broken = keys.clone()
+    broken[0, 0, 50, 0] = float("nan")
+    with pytest.raises(NonFiniteError):
+        of_layer.update(broken, values)
+    of_layer.update(keys, values)
+    assert first_tokens_are_exact(of_layer, keys, LENGTHS)
 
 
 def test_beams_of_padded_rows() -> None:
     of_layer = layer()
     keys, values = random_kv(60, batch=6)
-    of_layer.padding_next = [0, 9]
+    of_layer.padding_noted = PaddedRows((0, 9), 60)
     of_layer.update(keys, values)
     assert first_tokens_are_exact(of_layer, keys, [0, 0, 0, 9, 9, 9])
     other = layer()
-    other.padding_next = [0, 9, 3, 1]
+    other.padding_noted = ROWS
     with pytest.raises(ShapeError, match="4 rows"):
         other.update(keys, values)
 

@@ -20,7 +20,7 @@ from .layer import CompressedLayer
 from .layer_kinds import LayerKind, holds_recurrent_state, layer_kinds
 from .layer_store import Policy
 from .memory_stats import memory_stats
-from .padding import padding_lengths
+from .padding import PaddedRows
 from .passes import Pass, Passes
 from .recurrent_states import RecurrentStates
 from .window import WindowLayer
@@ -199,7 +199,8 @@ class CompressedDynamicCache(RecurrentStates):
     def note_padding(self, attention_mask: torch.Tensor) -> None:
         """Tell an empty cache that rows of the coming batch begin with padding: their first real tokens stay exact.
 
-        `attach` does it by itself. Call it without `attach`, before the first pass through the model.
+        `attach` does it by itself. Call it without `attach`, before the first pass through the model. It serves layers
+        of full attention; in a sliding window the first ones of all rows, padding or not, are exact.
 
         Args:
             attention_mask: [B, tokens], 0 for padding, as a tokenizer gives it.
@@ -214,10 +215,10 @@ class CompressedDynamicCache(RecurrentStates):
             )
         if self.get_seq_length():
             raise CacheStateError("note_padding() comes before the first tokens; reset() empties the cache")
-        lengths = padding_lengths(attention_mask)
+        rows = PaddedRows.of(attention_mask)
         for layer in self.layers:
             if isinstance(layer, CompressedLayer):
-                layer.padding_next = lengths
+                layer.padding_noted = rows
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens held; see `DynamicCache`."""
@@ -251,7 +252,7 @@ class CompressedDynamicCache(RecurrentStates):
             self._passes.begin(held[0][0] if held else 0, len(compressed))
         for layer in compressed:
             # Announced by a pass that did not come as far.
-            layer.attends_next = False
+            layer.attends_next, layer.padding_seen = False, None
         return super().get_mask_sizes(query_length, layer_idx)
 
     def _check_pass(self, layer_idx: int, current: Pass) -> None:

@@ -13,7 +13,7 @@ from ..errors import CacheStateError, DeviceError, PicklingError, ResourceError,
 from ..preset import Side
 from .layer_store import LayerStore, Policy
 from .native_store import NativeStore
-from .padding import Padding, warn_of_padding
+from .padding import PaddedRows, Padding
 from .states import Form, check_alike
 from .stores import make_store
 
@@ -47,8 +47,10 @@ class CompressedLayer(DynamicLayer):
         self.record_past = False
         # Set by `attach`'s hook just before `update`: attention will come straight to `attend`.
         self.attends_next = False
-        # Of the rows that the next sequence begins with, if somebody has told; and of those that are held.
-        self.padding_next: list[int] | None = None
+        # Of the rows that the next sequence begins with: what somebody has noted, what the hook sees in the mask of the
+        # pass; and of those that are held.
+        self.padding_noted: PaddedRows | None = None
+        self.padding_seen: PaddedRows | None = None
         self._padding: Padding | None = None
         super().__init__()
 
@@ -109,18 +111,11 @@ class CompressedLayer(DynamicLayer):
         return keys, values
 
     def _take_padding(self, n_new: int, batch: int) -> None:
-        """What the first tokens of a sequence mean for the exact slots."""
-        lengths, self.padding_next, self._padding = self.padding_next, None, None
-        if lengths is None or not any(lengths) or self.policy.n_sinks == 0 or self.is_sliding:
-            return
-        if batch % len(lengths):
-            raise ShapeError(f"padding was noted for {len(lengths)} rows, the batch has {batch}")
-        lengths = [n for n in lengths for _ in range(batch // len(lengths))]  # beams
-        padding = Padding(lengths, self.policy.n_sinks)
-        if padding.reach <= n_new:
-            self._padding = padding
-        else:
-            warn_of_padding(padding.reach, n_new)
+        """What the first tokens of a sequence mean for the exact slots. A sliding window's are its first ones."""
+        told = self.padding_seen or self.padding_noted
+        self._padding = None
+        if told is not None and not self.is_sliding:
+            self._padding = told.in_slots(n_new, batch, self.policy.n_sinks)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -151,7 +146,7 @@ class CompressedLayer(DynamicLayer):
         # The first tokens of a sequence have nothing packed behind them: dense attention takes them as they come.
         if attends and store.can_attend and store.n_tokens:
             return self._update_for_attention(store, key_states, value_states)
-        mark = store.mark()
+        mark, told, padding = store.mark(), (self.padding_seen, self.padding_noted), self._padding
         try:
             if store.n_tokens:
                 keys, values = self._read(store, room=key_states.shape[2])
@@ -168,11 +163,13 @@ class CompressedLayer(DynamicLayer):
                     store.append(self._padding.to_slots(key_states), self._padding.to_slots(value_states))
             if not self.record_past:
                 store.compress()
+            self.padding_seen = self.padding_noted = None
         except Exception as error:
             if fresh:
                 self.reset()
             else:
                 store.return_to(mark)
+            (self.padding_seen, self.padding_noted), self._padding = told, padding
             if "can't allocate memory" in str(error) and isinstance(error, RuntimeError):
                 # torch has no class of its own for the CPU's memory.
                 raise ResourceError(
@@ -339,7 +336,7 @@ class CompressedLayer(DynamicLayer):
         self.is_initialized = False
         self.record_past = False
         self.attends_next = False
-        self.padding_next = self._padding = None
+        self.padding_noted = self.padding_seen = self._padding = None
 
     def offload(self) -> None:
         """Nothing to do: what is held is already small, and expanded tensors are never kept."""

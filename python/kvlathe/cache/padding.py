@@ -15,31 +15,59 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import PaddingWarning
+from ..errors import PaddingWarning, ShapeError
 
 
-def padding_lengths(mask: Tensor) -> list[int]:
-    """Tokens of padding in front of each row, of a mask [B, tokens] that is nonzero where there is a token to see.
+@dataclass(frozen=True)
+class PaddedRows:
+    """What is known of a batch before its first tokens come.
 
-    A row without any counts as one without padding.
+    Attributes:
+        lengths: tokens of padding in front of each row.
+        n_tokens: of the batch, as far as they are known.
     """
-    seen = mask != 0
-    return [int(n) for n in (seen.int().argmax(dim=-1) * seen.any(dim=-1)).tolist()]
 
+    lengths: tuple[int, ...]
+    n_tokens: int
 
-def warn_of_padding(reach: int, n_new: int) -> None:
-    """Says, once, that padded rows will lose quality."""
-    warnings.warn(
-        f"a row's padding and the first tokens after it are {reach} tokens, of which the first pass through the model "
-        f"brings {n_new}: that row's first tokens will be coded like all others, which costs quality; let the first "
-        f"pass have {reach} tokens or more (prefill_chunk_size={reach})",
-        PaddingWarning,
-        stacklevel=3,
-    )
+    @classmethod
+    def of(cls, mask: Tensor) -> PaddedRows:
+        """Of a mask [B, tokens] that is nonzero where there is a token to see."""
+        seen = mask != 0
+        n_tokens = mask.shape[1]
+        lengths = torch.where(seen.any(dim=-1), seen.int().argmax(dim=-1), n_tokens)
+        return cls(tuple(int(n) for n in lengths.tolist()), n_tokens)
+
+    def in_slots(self, n_new: int, batch: int, n_sinks: int) -> Padding | None:
+        """How the ``n_new`` tokens of a first pass are kept, of a batch of as many rows or a multiple (beams).
+
+        Raises:
+            ShapeError: a batch of another size.
+        """
+        if batch % len(self.lengths):
+            raise ShapeError(
+                f"padding was noted for {len(self.lengths)} rows, the batch has {batch}; call note_padding() for this "
+                f"batch, or reset() the cache"
+            )
+        if not any(self.lengths) or n_sinks == 0 or n_new < n_sinks:
+            return None
+        most = n_new - n_sinks
+        if any(n >= n_new or (n > most and self.n_tokens > n_new) for n in self.lengths):
+            warnings.warn(
+                f"rows of this batch begin with up to {max(self.lengths)} tokens of padding, and the first pass "
+                f"through the model brings {n_new}: the first tokens of such rows will be coded like all others, which costs "
+                f"quality; give the first pass all of the padding and {n_sinks} tokens more (prefill_chunk_size)",
+                PaddingWarning,
+                stacklevel=4,
+            )
+        # A row of fewer tokens than sinks has them all in exact slots, and some padding with them.
+        lengths = [min(n, most) for n in self.lengths for _ in range(batch // len(self.lengths))]
+        return Padding(lengths, n_sinks)
 
 
 class Padding:
@@ -58,35 +86,33 @@ class Padding:
         padding = torch.tensor(self.lengths)[:, None]
         moved = (slots < padding + n_sinks) & (padding > 0)
         # [B, reach]: the token in each slot, and the slot of each token.
-        self._token = torch.where(
-            moved, torch.where(slots < n_sinks, slots + padding, slots - n_sinks), slots
-        )
-        self._slot = torch.where(moved, torch.where(slots < padding, slots + n_sinks, slots - padding), slots)
+        token = torch.where(slots < n_sinks, slots + padding, slots - n_sinks)
+        slot = torch.where(slots < padding, slots + n_sinks, slots - padding)
+        self._token, self._slot = torch.where(moved, token, slots), torch.where(moved, slot, slots)
 
     def to_slots(self, states: Tensor) -> Tensor:
         """Keys or values [B, H, T, D] of the first T ≥ `reach` tokens, in the order of slots."""
+        self._token = self._token.to(states.device)  # once
         moved = states.clone()
         head = states[:, :, : self.reach]
-        moved[:, :, : self.reach] = head.gather(2, self._index(self._token, head))
+        moved[:, :, : self.reach] = head.gather(2, self._token[:, None, :, None].expand(head.shape))
         return moved
 
     def to_tokens(self, states: Tensor) -> None:
         """Puts expanded keys or values [B, H, T, D] into the order of tokens, in place."""
+        self._slot = self._slot.to(states.device)
         head = states[:, :, : self.reach]
-        states[:, :, : self.reach] = head.gather(2, self._index(self._slot, head))
+        states[:, :, : self.reach] = head.gather(2, self._slot[:, None, :, None].expand(head.shape))
 
     def mask_of_slots(self, mask: Tensor) -> Tensor:
         """A mask of tokens [1 or B, 1, q, T] as one of slots [B, 1, q, T]."""
+        self._token = self._token.to(mask.device)
         moved = mask.expand(len(self.lengths), -1, -1, -1).clone()
         head = moved[..., : self.reach]
-        index = self._token.to(mask.device)[:, None, None, :].expand(head.shape)
-        moved[..., : self.reach] = head.gather(3, index)
+        moved[..., : self.reach] = head.gather(3, self._token[:, None, None, :].expand(head.shape))
         return moved
-
-    @staticmethod
-    def _index(order: Tensor, states: Tensor) -> Tensor:
-        return order.to(states.device)[:, None, :, None].expand(states.shape)
 
     def select(self, rows: Sequence[int]) -> Padding:
         """That of a batch of these rows."""
-        return Padding([self.lengths[row] for row in rows], self.n_sinks)
+        lengths = tuple(self.lengths[row] for row in rows)
+        return self if lengths == self.lengths else Padding(lengths, self.n_sinks)

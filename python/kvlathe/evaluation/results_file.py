@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -45,25 +46,23 @@ class ResultsFile(Generic[Line]):
         self._parse = parse
         self._command = command
         self._found: dict[str, Line] = {}
-        # What is done to the file before the first line is added: bytes to keep of it, and what ends its last line.
-        self._kept_bytes: int | None = None
+        # Of a last line that was cut short, where it begins and how long the file was; and what ends a whole one.
+        self._cut: tuple[int, int] | None = None
         self._line_end = ""
         try:
-            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            content = path.read_bytes() if path.exists() else b""
+            text = content.decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise EvaluationError(f"cannot read the results in {path}: {error}") from error
-        whole, _, cut = text.rpartition("\n")
+        whole, _, last = text.rpartition("\n")
         lines = whole.splitlines()
         for number, line in enumerate(lines, start=1):
             self._add(line, number)
-        if cut:
-            try:
-                self._add(cut, len(lines) + 1)
-                self._line_end = "\n"
-            except EvaluationError:
-                if not (cut.startswith(_LINE_BEGINS) or _LINE_BEGINS.startswith(cut)):
-                    raise  # somebody else's file
-                self._kept_bytes = len(text.encode()) - len(cut.encode())
+        if last and _is_cut(last):
+            self._cut = (len(content) - len(last.encode()), len(content))
+        elif last:
+            self._add(last, len(lines) + 1)
+            self._line_end = "\n"
 
     def _add(self, line: str, number: int) -> None:
         try:
@@ -85,16 +84,28 @@ class ResultsFile(Generic[Line]):
     def append(self, result: Line) -> None:
         """Write a result; it is on the disk when this returns."""
         try:
-            if self._kept_bytes is not None:
-                os.truncate(self.path, self._kept_bytes)
+            if self._cut is not None:
+                begins_at, n_bytes = self._cut
+                if self.path.stat().st_size != n_bytes:
+                    raise EvaluationError(f"{self.path} has changed meanwhile; does another run write to it?")
+                os.truncate(self.path, begins_at)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(self._line_end + result.to_json() + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise EvaluationError(f"cannot write to {self.path}: {error}") from error
-        self._kept_bytes, self._line_end = None, ""
+        self._cut, self._line_end = None, ""
         self._found[result.key] = result
+
+
+def _is_cut(line: str) -> bool:
+    """Whether this is the beginning of a result, not a whole one and not somebody else's line."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return line.startswith(_LINE_BEGINS) or _LINE_BEGINS.startswith(line)
+    return False
 
 
 def dataclass_from(kind: Any, content: dict[str, Any]) -> Any:
