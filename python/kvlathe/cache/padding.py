@@ -60,8 +60,8 @@ class PaddedRows:
         if any(n >= n_new or (n > most and self.n_tokens > n_new) for n in self.lengths):
             warnings.warn(
                 f"rows of this batch begin with up to {max(self.lengths)} tokens of padding, and the first pass "
-                f"through the model brings {n_new}: the first tokens of such rows will be coded like all others, which costs "
-                f"quality; give the first pass all of the padding and {n_sinks} tokens more (prefill_chunk_size)",
+                f"through the model brings {n_new}: the first tokens of such rows will be coded like all others, which "
+                f"costs quality; give the first pass all of the padding and {n_sinks} tokens more (prefill_chunk_size)",
                 PaddingWarning,
                 stacklevel=4,
             )

@@ -32,7 +32,6 @@ pub(super) fn accumulate<M: Multiply>(
     let n_tokens = n_blocks * n;
     let stride = n_tokens.next_multiple_of(DOT_STEP);
     let Scratch {
-        products,
         weights_i16,
         level_dots,
         row_codes,
@@ -83,21 +82,30 @@ pub(super) fn accumulate<M: Multiply>(
             M::unpack_row_of_blocks(width, n, blocks, next_row, codes);
             next_row += row_bytes(width, n);
         }
-        let dots = &mut products[..n_queries * together];
+        let dots = &mut level_dots[n_queries * first..][..n_queries * together];
         M::dot_codes(weights_i16, row_codes, dots, (stride, together));
-        for q in 0..n_queries {
-            level_dots[q * n_coded + first..][..together].copy_from_slice(&dots[q * together..][..together]);
-        }
     }
+    let whole = n_coded / TOGETHER * TOGETHER;
     for q in 0..n_queries {
-        let (dots, sums) = (&level_dots[q * n_coded..][..n_coded], &mut sums.sums[q * d..][..n_coded]);
-        let (half_levels, total, unit) = (&tables.half_levels[..n_coded], totals[q], units[q]);
-        // A level is its code, less half of all levels, and a half.
-        let half_total = 0.5 * total as f32;
-        for i in 0..n_coded {
-            let levels = (dots[i] - half_levels[i] * total) as f32 + half_total;
-            sums[i] = levels.mul_add(unit, sums[i]);
+        let sums = &mut sums.sums[q * d..][..n_coded];
+        let (total, unit) = (totals[q], units[q]);
+        let (groups, rest) = sums.as_chunks_mut::<TOGETHER>();
+        for (g, sums) in groups.iter_mut().enumerate() {
+            let dots = &level_dots[TOGETHER * (n_queries * g + q)..][..TOGETHER];
+            add_levels(sums, dots, &tables.half_levels[TOGETHER * g..][..TOGETHER], total, unit);
         }
+        let dots = &level_dots[n_queries * whole + q * rest.len()..][..rest.len()];
+        add_levels(rest, dots, &tables.half_levels[whole..], total, unit);
+    }
+}
+
+/// Adds Σ weight · level to sums: a level is its code, less half of all levels, and a half.
+#[inline(always)]
+fn add_levels(sums: &mut [f32], dots: &[i32], half_levels: &[i32], total: i32, unit: f32) {
+    let half_total = 0.5 * total as f32;
+    for i in 0..sums.len() {
+        let levels = (dots[i] - half_levels[i] * total) as f32 + half_total;
+        sums[i] = levels.mul_add(unit, sums[i]);
     }
 }
 

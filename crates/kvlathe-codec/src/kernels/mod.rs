@@ -89,7 +89,7 @@ pub struct Scratch {
     pub(crate) offsets: Vec<f32>,
     /// `[n_queries]`: sums of `weights_i16`.
     pub(crate) totals: Vec<i32>,
-    /// `[n_queries, n_coded]`: products of `weights_i16` with codes.
+    /// `[⌈n_coded/4⌉, n_queries, 4]`: products of `weights_i16` with codes.
     pub(crate) level_dots: Vec<i32>,
     /// Codes of a few coefficients over many tokens.
     pub(crate) row_codes: Vec<u8>,
@@ -148,7 +148,6 @@ impl Scratch {
     ) -> Result<()> {
         let (n_tokens, n_padded) = (n_blocks * tables.block_len, tables.n_padded());
         let stride = n_tokens.next_multiple_of(multiply_codes::DOT_STEP);
-        fit(&mut self.products, n_queries * accumulate::TOGETHER)?;
         fit(&mut self.weights_i16, n_queries * stride)?;
         fit(&mut self.units, n_queries)?;
         fit(&mut self.totals, n_queries)?;
