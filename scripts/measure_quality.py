@@ -49,6 +49,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bits", nargs="+", default=_RATES, help=f"default {' '.join(_RATES)}")
     parser.add_argument("--baselines", nargs="+", default=["all"], help="of the table (default all)")
     needles = parser.add_argument_group("needles")
+    needles.add_argument(
+        "--haystack", nargs="+", help="text files or folders that hide them (default: --judge)"
+    )
     needles.add_argument("--lengths", nargs="+", default=["1024", "2048", "4096", "8192"])
     needles.add_argument("--depths", nargs="+", default=["0", "0.25", "0.5", "0.75", "1"])
     needles.add_argument("--needles", default="1", help="of each kind in a cell (default %(default)s)")
@@ -90,6 +93,18 @@ def run(*command: str | Path, accepted: tuple[int, ...] = (0,)) -> str:
     )
 
 
+class Page:
+    """The report, written as it comes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._parts: list[str] = []
+
+    def add(self, part: str) -> None:
+        self._parts.append(part)
+        self.path.write_text("\n".join(self._parts), encoding="utf-8")
+
+
 def main() -> int:
     asked = arguments()
     if set(asked.text) & set(asked.judge):
@@ -98,7 +113,8 @@ def main() -> int:
     model = ("--model", asked.model)
     seed = ("--seed", asked.seed)
     judge = ("--text", *asked.judge, *seed)
-    pages = [f"# Quality of {asked.model}\n", machine() + f"; seed {asked.seed}.\n"]
+    page = Page(asked.folder / "quality.md")
+    page.add(f"# Quality of {asked.model}\n\n{machine()}; seed {asked.seed}.\n")
 
     preset, tuned = asked.folder / "preset.safetensors", asked.folder / "tune.md"
     if not preset.exists():
@@ -107,23 +123,20 @@ def main() -> int:
         made = run("tune", *model, "--text", *asked.text, *seed, *budget, *windows, "--output", preset)
         tuned.write_text(made, encoding="utf-8")
     if tuned.exists():
-        pages.append(tuned.read_text(encoding="utf-8"))
-    pages.append(run("verify", preset, *model, *judge, accepted=(0, 1)))  # 1: the promise does not hold
+        page.add(tuned.read_text(encoding="utf-8"))
+    page.add(run("verify", preset, *model, *judge, accepted=(0, 1)))  # 1: the promise does not hold
 
     output = ("--output", asked.folder / "eval.jsonl", "--plots", asked.folder / "plots")
     rates = ("--bits", *asked.bits, "--windows", asked.windows, "--baselines", *asked.baselines)
-    pages.append(run("eval", *model, *judge, "--preset", preset, *asked.beside, *rates, *output))
+    page.add(run("eval", *model, *judge, "--preset", preset, *asked.beside, *rates, *output))
 
     output = ("--output", asked.folder / "needle.jsonl", "--plots", asked.folder / "plots")
     caches = ("--bits", *_NEEDLE_RATES, "--baselines", *_NEEDLE_BASELINES, "--dtype", asked.needle_dtype)
     cells = ("--lengths", *asked.lengths, "--depths", *asked.depths, "--needles", asked.needles)
-    pages.append(
-        run("needle", *model, *judge, "--preset", preset, *caches, *cells, "--kinds", *asked.kinds, *output)
-    )
-
-    page = asked.folder / "quality.md"
-    page.write_text("\n".join(pages), encoding="utf-8")
-    print(f"Wrote {page}")
+    haystack = ("--text", *(asked.haystack or asked.judge), *seed)
+    kinds = ("--kinds", *asked.kinds)
+    page.add(run("needle", *model, *haystack, "--preset", preset, *caches, *cells, *kinds, *output))
+    print(f"Wrote {page.path}")
     return 0
 
 
