@@ -25,7 +25,7 @@ def available_device(device: str | torch.device) -> torch.device:
         raise DeviceError(f'device="{device}" is not available on this machine; pass device="cpu"')
     try:
         torch.empty(1, device=wanted)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise DeviceError(
             f'device="{device}" is not available on this machine ({error}); pass device="cpu"'
         ) from error

@@ -7,14 +7,20 @@ from typing import Any
 from .errors import EvaluationError
 
 
+def most_positions(config: Any) -> int | None:
+    """How many tokens the model reads, where its config says so."""
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
 def check_model_reads(config: Any, window: int) -> None:
     """Refuse windows beyond the model's positions.
 
     Raises:
         EvaluationError: with how many tokens it reads.
     """
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(limit, int) and limit < window:
+    limit = most_positions(config)
+    if limit is not None and limit < window:
         raise EvaluationError(
             f"windows of {window} tokens: the model reads at most {limit}; use shorter windows"
         )

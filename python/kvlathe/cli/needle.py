@@ -126,9 +126,11 @@ def _lengths(arguments: argparse.Namespace, config: Any) -> list[int]:
         EvaluationError: a length beyond what the model reads.
     """
     from ..errors import EvaluationError
+    from ..window_length import most_positions
 
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    limit = limit if isinstance(limit, int) else max([*(arguments.lengths or []), *_LENGTHS])
+    limit = most_positions(config)
+    if limit is None:
+        limit = max([*(arguments.lengths or []), *_LENGTHS])
     if arguments.lengths is None:
         lengths = [length for length in _LENGTHS if length <= limit]
         if left_out := len(_LENGTHS) - len(lengths):
