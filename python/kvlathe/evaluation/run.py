@@ -15,9 +15,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .._native import fingerprint, version
+from .._native import version
 from ..errors import EvaluationError
-from ..preset import config_json
 from ..rope_probe import ModelShape
 from .method import Method, coders_of
 from .quality import Evaluator, Quality
@@ -119,7 +118,6 @@ def model_digest(model: PreTrainedModel) -> str:
     models, and the same model under another version of transformers, apart."""
     config = model.config.to_dict()
     told_apart = [
-        fingerprint(config_json(model.config)),
         # Names do not count: the same model in another folder is the same model.
         json.dumps({k: v for k, v in config.items() if k not in _NAMES}, sort_keys=True, default=str),
         str(model.config._attn_implementation),
