@@ -210,7 +210,7 @@ fn check_scores(stream: &Stream, blocks: &[&[u8]], first: i64, queries: &[f32], 
     let tables = &stream.tables;
     let (d, n) = (tables.head_dim(), tables.block_len());
     let scores = on_all("scores", |isa| {
-        let (ready, mut scratch) = (Queries::new(tables, queries), Scratch::default());
+        let (ready, mut scratch) = (Queries::new(tables, queries).expect("memory"), Scratch::default());
         let mut walk = stream.rope.as_ref().map(|rope| rope.walk_back(first + n as i64 / 2, n as i64));
         let mut scores = vec![0.0; queries.len() / d * blocks.len() * n];
         tables

@@ -3,15 +3,10 @@
 use std::sync::Arc;
 
 use bytemuck::Zeroable;
-use kvlathe_codec::{Element, Isa, Scratch, StreamSet, memory};
+use kvlathe_codec::{Element, Isa, Line, Scratch, StreamSet, memory};
 
 use crate::error::Result;
 use crate::exact::ExactRun;
-
-/// A cache line.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
 
 /// `block_len` tokens of all KV heads of one side and batch row, 64-byte aligned.
 pub(crate) struct Block(Box<[Line]>);

@@ -177,7 +177,7 @@ impl Run {
         tables
             .encode_block(isa, tokens, None, &mut packed, &mut Scratch::default())
             .expect("finite activations");
-        let queries = Queries::new(&tables, &vec![0.3; n_queries * HEAD_DIM]);
+        let queries = Queries::new(&tables, &vec![0.3; n_queries * HEAD_DIM]).expect("memory for queries");
         Self { isa, n_queries, tables, rope, blocks: vec![packed; N_BLOCKS], queries }
     }
 

@@ -6,6 +6,7 @@ use crate::block::row_bytes;
 use crate::error::{CodecError, Result};
 use crate::kernels::WIDE;
 use crate::linalg;
+use crate::lines::Lines;
 use crate::query::QueryTables;
 use crate::rope::Rope;
 use crate::width::Width;
@@ -63,19 +64,19 @@ pub struct StreamTables {
     /// `[head_dim, head_dim]`: columns of V, times the step.
     pub(crate) synthesis: Vec<f32>,
     /// `[head_dim, block_len]`: V⁻¹·R(δ)·μ in steps.
-    pub(crate) coded_mean: Vec<f32>,
+    pub(crate) coded_mean: Lines<f32>,
     /// `[head_dim, block_len]`: R(δ)·μ.
-    pub(crate) shape_mean: Vec<f32>,
+    pub(crate) shape_mean: Lines<f32>,
     /// `[head_dim]`: cost of a squared error of one step, λᵢ·Δᵢ².
     pub(crate) step_cost: Vec<f32>,
     /// `[n_coded]`: half of the number of levels.
     pub(crate) half_levels: Vec<i32>,
     /// `[n_padded]`: what one level of drift is, in steps of each coefficient.
-    pub(crate) drift_units: Vec<f32>,
+    pub(crate) drift_units: Lines<f32>,
     /// Bytes of one packed block.
     pub(crate) block_bytes: usize,
     pub(crate) rope: Option<Rope>,
-    synthesis_rows: OnceLock<Vec<f32>>,
+    synthesis_rows: OnceLock<Lines<f32>>,
     query_tables: OnceLock<QueryTables>,
 }
 
@@ -99,13 +100,13 @@ impl StreamTables {
             block_len,
             analysis: vec![0.0; d * d],
             synthesis: vec![0.0; d * d],
-            coded_mean: vec![0.0; d * block_len],
-            shape_mean: rotated_means(&basis.mean, rope, block_len),
+            coded_mean: Lines::zeros(d * block_len, "a basis")?,
+            shape_mean: rotated_means(&basis.mean, rope, block_len)?,
             step_cost: coefficients
                 .iter()
                 .map(|c| basis.importance[c.column] * c.width.step().powi(2))
                 .collect(),
-            drift_units: coefficients.iter().map(|c| DRIFT_STEP / c.width.step()).collect(),
+            drift_units: Lines::zeros(d.next_multiple_of(WIDE), "a basis")?,
             half_levels: coefficients
                 .iter()
                 .filter(|c| c.width != Width::W0)
@@ -121,8 +122,8 @@ impl StreamTables {
         };
         let rows: usize = tables.widths().map(|width| row_bytes(width, block_len)).sum();
         tables.block_bytes = tables.rows_at() + rows;
-        tables.drift_units.resize(tables.n_padded(), 0.0);
         for (row, c) in tables.coefficients.iter().enumerate() {
+            tables.drift_units[row] = DRIFT_STEP / c.width.step();
             let step = f64::from(c.width.step());
             for j in 0..d {
                 tables.analysis[row * d + j] = (inverse[c.column * d + j] / step) as f32;
@@ -136,7 +137,7 @@ impl StreamTables {
             }
         }
         // The inverse of a nearly singular matrix may be beyond float32.
-        for table in [&tables.analysis, &tables.synthesis, &tables.coded_mean] {
+        for table in [&tables.analysis[..], &tables.synthesis, &tables.coded_mean] {
             if table.iter().any(|value| !value.is_finite()) {
                 return Err(CodecError::SingularBasis);
             }
@@ -160,13 +161,13 @@ impl StreamTables {
     pub(crate) fn synthesis_rows(&self) -> &[f32] {
         self.synthesis_rows.get_or_init(|| {
             let (d, n_padded) = (self.head_dim, self.n_padded());
-            let mut rows = vec![0.0; d * n_padded];
+            let mut rows = vec![0.0f32; d * n_padded];
             for (component, columns) in self.synthesis.chunks_exact(d).enumerate() {
                 for (coefficient, value) in columns.iter().enumerate() {
                     rows[coefficient * n_padded + component] = *value;
                 }
             }
-            rows
+            Lines::from(&rows[..])
         })
     }
 
@@ -278,8 +279,8 @@ fn check_basis(basis: &Basis, rope: Option<&Rope>, block_len: usize) -> Result<(
 }
 
 /// R(δ)·μ for each token of a block, component-major; δ = token − block_len/2.
-fn rotated_means(mean: &[f32], rope: Option<&Rope>, block_len: usize) -> Vec<f32> {
-    let mut means = vec![0.0; mean.len() * block_len];
+fn rotated_means(mean: &[f32], rope: Option<&Rope>, block_len: usize) -> Result<Lines<f32>> {
+    let mut means = Lines::zeros(mean.len() * block_len, "a basis")?;
     let mut rotated = mean.to_vec();
     for t in 0..block_len {
         if let Some(rope) = rope {
@@ -290,5 +291,5 @@ fn rotated_means(mean: &[f32], rope: Option<&Rope>, block_len: usize) -> Vec<f32
             means[j * block_len + t] = *value;
         }
     }
-    means
+    Ok(means)
 }

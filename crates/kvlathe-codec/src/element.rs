@@ -3,6 +3,12 @@
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use crate::error::Result;
+use crate::lines::Lines;
+
+/// What [`Element::widen`] copies.
+const WIDENED: &str = "numbers in float32";
+
 /// A floating-point element of a key or value tensor.
 pub trait Element: bytemuck::Pod + Default + Send + Sync + PartialEq + std::fmt::Debug + 'static {
     /// Name as in torch.
@@ -12,10 +18,15 @@ pub trait Element: bytemuck::Pod + Default + Send + Sync + PartialEq + std::fmt:
     /// Rounds to nearest even.
     fn from_f32(value: f32) -> Self;
     /// A run of values as f32: the run itself, or a copy in `buffer`.
-    fn widen<'a>(values: &'a [Self], buffer: &'a mut Vec<f32>) -> &'a [f32] {
-        buffer.clear();
-        buffer.extend(values.iter().map(|value| value.to_f32()));
-        buffer
+    ///
+    /// # Errors
+    /// No memory for the copy.
+    fn widen<'a>(values: &'a [Self], buffer: &'a mut Lines<f32>) -> Result<&'a [f32]> {
+        buffer.resize(values.len(), WIDENED)?;
+        for (wide, value) in buffer.iter_mut().zip(values) {
+            *wide = value.to_f32();
+        }
+        Ok(buffer)
     }
 }
 
@@ -30,8 +41,8 @@ impl Element for f32 {
         value
     }
     #[inline(always)]
-    fn widen<'a>(values: &'a [Self], _: &'a mut Vec<f32>) -> &'a [f32] {
-        values
+    fn widen<'a>(values: &'a [Self], _: &'a mut Lines<f32>) -> Result<&'a [f32]> {
+        Ok(values)
     }
 }
 
@@ -58,9 +69,9 @@ impl Element for f16 {
         // Decoding may overshoot the largest float16 by the quantiser's error; infinity would poison a softmax.
         Self::from_f32(value.clamp(-65504.0, 65504.0))
     }
-    fn widen<'a>(values: &'a [Self], buffer: &'a mut Vec<f32>) -> &'a [f32] {
-        buffer.resize(values.len(), 0.0);
+    fn widen<'a>(values: &'a [Self], buffer: &'a mut Lines<f32>) -> Result<&'a [f32]> {
+        buffer.resize(values.len(), WIDENED)?;
         values.convert_to_f32_slice(buffer); // many at once, where the CPU can
-        buffer
+        Ok(buffer)
     }
 }

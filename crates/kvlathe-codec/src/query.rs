@@ -7,7 +7,10 @@
 //! and the drift's, which is one number a block, stay in float32.
 
 use crate::basis::StreamTables;
-use crate::kernels::{LANES, WIDE};
+use crate::error::Result;
+use crate::kernels::{LANES, WIDE, total};
+use crate::lines::Lines;
+use crate::memory;
 use crate::rope::{Pairing, Rope};
 use crate::width::Width;
 
@@ -19,20 +22,20 @@ const NORM: f32 = 32_700.0;
 #[derive(Debug, Clone)]
 pub(crate) struct QueryTables {
     /// `[n_places/2, n_padded, 2]`: columns of V times their step, each scaled to norm [`NORM`] and rounded.
-    pub(crate) synthesis: Vec<i16>,
+    pub(crate) synthesis: Lines<i16>,
     /// `[n_padded]`: what a product of a column with a query of norm [`NORM`] is worth.
-    pub(crate) column_units: Vec<f32>,
+    pub(crate) column_units: Lines<f32>,
     /// `[n_padded]`: the same, and zero for coefficients without a row of codes.
-    pub(crate) row_units: Vec<f32>,
+    pub(crate) row_units: Lines<f32>,
     /// [`Width::level_offset`] of coefficients with a row of codes, padded with zeros
     /// to whole vectors of sixteen.
-    pub(crate) level_offsets: Vec<f32>,
+    pub(crate) level_offsets: Lines<f32>,
     /// The mean's part of scores.
     pub(crate) mean: MeanTables,
     /// What the largest product of a query is rounded to; Σ |product|·code then stays below 2³¹.
     pub(crate) largest_projected: f32,
-    /// The component at each place; none where it is padding.
-    places: Vec<Option<usize>>,
+    /// The component at each place; `head_dim` where it is padding.
+    places: Vec<usize>,
 }
 
 impl QueryTables {
@@ -44,7 +47,7 @@ impl QueryTables {
             (0..d).map(|i| (0..d).map(|j| tables.synthesis[j * d + i].powi(2)).sum::<f32>().sqrt()).collect();
 
         let mut synthesis = vec![0i16; places.len() * n_padded];
-        for (place, component) in places.iter().enumerate().filter_map(|(p, c)| Some((p, (*c)?))) {
+        for (place, component) in places.iter().copied().enumerate().filter(|(_, c)| *c < d) {
             for (i, norm) in norms.iter().enumerate().filter(|(_, norm)| **norm > 0.0) {
                 let value = tables.synthesis[component * d + i] * (NORM / norm);
                 synthesis[(place / 2 * n_padded + i) * 2 + place % 2] = value.round() as i16;
@@ -54,11 +57,13 @@ impl QueryTables {
         column_units.resize(n_padded, 0.0);
         let mut row_units = column_units.clone();
         row_units[tables.n_coded()..].fill(0.0);
+        let [column_units, row_units] = [column_units, row_units].map(|units| Lines::from(&units[..]));
         let coded = || tables.widths().take(tables.n_coded());
         let mut level_offsets: Vec<f32> = coded().map(Width::level_offset).collect();
         level_offsets.resize(tables.n_coded().next_multiple_of(WIDE), 0.0);
         let sum_of_codes: usize = coded().map(|width| 2 * width.half_levels() - 1).sum();
         let largest_projected = NORM.min(2.14e9 / sum_of_codes.max(1) as f32);
+        let (synthesis, level_offsets) = (Lines::from(&synthesis[..]), Lines::from(&level_offsets[..]));
         Self { synthesis, column_units, row_units, level_offsets, mean, largest_projected, places }
     }
 
@@ -78,9 +83,9 @@ pub(crate) struct MeanTables {
     /// `[n_places]`: μ'.
     turned: Vec<f32>,
     /// `[n_pairs, width]`: cos θφ for φ = ½, 1½ …
-    pub(crate) even: Vec<f32>,
+    pub(crate) even: Lines<f32>,
     /// `[n_pairs, width]`: sin θφ.
-    pub(crate) odd: Vec<f32>,
+    pub(crate) odd: Lines<f32>,
     /// Pairs, padded to whole vectors of sixteen.
     pub(crate) n_pairs: usize,
     /// Half a block, at least eight.
@@ -88,12 +93,13 @@ pub(crate) struct MeanTables {
 }
 
 impl MeanTables {
-    fn new(tables: &StreamTables, places: &[Option<usize>]) -> Self {
+    fn new(tables: &StreamTables, places: &[usize]) -> Self {
         let inv_freq = tables.rope.as_ref().map_or(&[][..], Rope::inv_freq);
         let (n_pairs, width) = (inv_freq.len().next_multiple_of(WIDE), (tables.block_len / 2).max(LANES));
-        let mean: Vec<f64> = places.iter().map(|c| c.map_or(0.0, |c| f64::from(tables.mean(c)))).collect();
+        let mean_at = |c: &usize| if *c < tables.head_dim { f64::from(tables.mean(*c)) } else { 0.0 };
+        let mean: Vec<f64> = places.iter().map(mean_at).collect();
         let mut turned = mean.clone();
-        let (mut even, mut odd) = (vec![0.0; n_pairs * width], vec![0.0; n_pairs * width]);
+        let (mut even, mut odd) = (vec![0.0f32; n_pairs * width], vec![0.0f32; n_pairs * width]);
         for (j, &frequency) in inv_freq.iter().enumerate() {
             let (sin, cos) = (-0.5 * frequency).sin_cos();
             let (a, b) = (mean[j], mean[n_pairs + j]);
@@ -105,12 +111,13 @@ impl MeanTables {
             }
         }
         let turned = turned.into_iter().map(|v| v as f32).collect();
+        let (even, odd) = (Lines::from(&even[..]), Lines::from(&odd[..]));
         Self { turned, even, odd, n_pairs, width }
     }
 }
 
 /// The component at each place; see [`QueryTables`].
-fn places(rope: Option<&Rope>, d: usize) -> Vec<Option<usize>> {
+fn places(rope: Option<&Rope>, d: usize) -> Vec<usize> {
     let (pairing, rotary_dim) =
         rope.map_or((Pairing::HalfSplit, 0), |rope| (rope.pairing(), rope.rotary_dim()));
     let (left, right): (Vec<usize>, Vec<usize>) = match pairing {
@@ -119,20 +126,32 @@ fn places(rope: Option<&Rope>, d: usize) -> Vec<Option<usize>> {
     };
     let mut places = Vec::new();
     for part in [left, right, (rotary_dim..d).collect()] {
-        places.extend(part.into_iter().map(Some));
-        places.resize(places.len().next_multiple_of(WIDE), None);
+        places.extend(part);
+        places.resize(places.len().next_multiple_of(WIDE), d);
     }
     places
+}
+
+/// The Euclidean norm; eight sums, so that no addition waits for all others.
+fn norm(vector: &[f32]) -> f32 {
+    let (groups, rest) = vector.as_chunks::<LANES>();
+    let mut squares = [0.0f32; LANES];
+    for group in groups {
+        for l in 0..LANES {
+            squares[l] += group[l] * group[l];
+        }
+    }
+    (total(squares) + rest.iter().map(|v| v * v).sum::<f32>()).sqrt()
 }
 
 /// The queries that share a KV head, scaled and ordered for [`StreamTables::score_blocks`].
 #[derive(Debug, Clone, Default)]
 pub struct Queries {
     /// `[n, n_places]`, each of norm [`NORM`] (or zero).
-    pub(crate) scaled: Vec<f32>,
+    pub(crate) scaled: Lines<f32>,
     /// `[n, n_pairs]`: e and o of [`MeanTables`], of the scaled queries in the frame of position 0.
-    pub(crate) mean_even: Vec<f32>,
-    pub(crate) mean_odd: Vec<f32>,
+    pub(crate) mean_even: Lines<f32>,
+    pub(crate) mean_odd: Lines<f32>,
     /// `[n]`: products with the mean of the components that do not turn.
     pub(crate) mean_rest: Vec<f32>,
     /// `[n]`: factor that undoes the scaling.
@@ -142,37 +161,46 @@ pub struct Queries {
 
 impl Queries {
     /// Makes `queries` `[n, head_dim]` ready for a stream.
-    #[must_use]
-    pub fn new(tables: &StreamTables, queries: &[f32]) -> Self {
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn new(tables: &StreamTables, queries: &[f32]) -> Result<Self> {
         let QueryTables { places, mean, .. } = tables.query_tables();
-        let n_pairs = mean.n_pairs;
-        let n = queries.len() / tables.head_dim;
+        let (d, n_pairs, n_places) = (tables.head_dim, mean.n_pairs, places.len());
+        let (n, what) = (queries.len() / d, "queries");
         let mut ready = Self {
-            scaled: Vec::with_capacity(n * places.len()),
-            mean_even: Vec::with_capacity(n * n_pairs),
-            mean_odd: Vec::with_capacity(n * n_pairs),
-            mean_rest: Vec::with_capacity(n),
-            factors: Vec::with_capacity(n),
-            n_places: places.len(),
+            scaled: Lines::zeros(n * n_places, what)?,
+            mean_even: Lines::zeros(n * n_pairs, what)?,
+            mean_odd: Lines::zeros(n * n_pairs, what)?,
+            mean_rest: memory::room(n, what)?,
+            factors: memory::room(n, what)?,
+            n_places,
         };
-        for query in queries.chunks_exact(tables.head_dim) {
-            let norm = query.iter().map(|v| v * v).sum::<f32>().sqrt();
+        let (mean_left, mean_rest) = mean.turned.split_at(n_pairs);
+        let (mean_right, mean_rest) = mean_rest.split_at(n_pairs);
+        // Behind the components stands what places of padding hold.
+        let mut padded = memory::filled(d + 1, 0.0, what)?;
+        for (q, query) in queries.chunks_exact(d).enumerate() {
+            padded[..d].copy_from_slice(query);
+            let norm = norm(query);
             let scale = if norm > 0.0 { NORM / norm } else { 0.0 };
-            let first = ready.scaled.len();
-            ready.scaled.extend(places.iter().map(|component| component.map_or(0.0, |c| query[c] * scale)));
             ready.factors.push(norm / NORM);
+            let scaled = &mut ready.scaled[q * n_places..][..n_places];
+            for (to, place) in scaled.iter_mut().zip(places) {
+                *to = padded[*place] * scale;
+            }
 
-            let (left, rest) = ready.scaled[first..].split_at(n_pairs);
+            let (left, rest) = scaled.split_at(n_pairs);
             let (right, rest) = rest.split_at(n_pairs);
-            let (mean_left, mean_rest) = mean.turned.split_at(n_pairs);
-            let (mean_right, mean_rest) = mean_rest.split_at(n_pairs);
+            let run = q * n_pairs..(q + 1) * n_pairs;
+            let (even, odd) = (&mut ready.mean_even[run.clone()], &mut ready.mean_odd[run]);
             for i in 0..n_pairs {
-                ready.mean_even.push(left[i] * mean_left[i] + right[i] * mean_right[i]);
-                ready.mean_odd.push(right[i] * mean_left[i] - left[i] * mean_right[i]);
+                even[i] = left[i] * mean_left[i] + right[i] * mean_right[i];
+                odd[i] = right[i] * mean_left[i] - left[i] * mean_right[i];
             }
             ready.mean_rest.push(rest.iter().zip(mean_rest).map(|(q, m)| q * m).sum());
         }
-        ready
+        Ok(ready)
     }
 
     /// How many queries.

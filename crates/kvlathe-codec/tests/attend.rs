@@ -101,7 +101,7 @@ fn scores_are_those_of_the_decoded_keys() {
             for isa in available_isas() {
                 let (packed, decoded) = blocks(&tables, Some(&rope), first, N_BLOCKS, isa);
                 let packed: Vec<&[u8]> = packed.iter().map(Vec::as_slice).collect();
-                let (queries, mut scratch) = (Queries::new(&tables, &wide), Scratch::default());
+                let (queries, mut scratch) = (Queries::new(&tables, &wide).unwrap(), Scratch::default());
                 let mut scores = vec![0.0; n_queries * N_BLOCKS * n];
                 let mut walk = rope.walk_back(first + n as i64 / 2, n as i64);
                 tables

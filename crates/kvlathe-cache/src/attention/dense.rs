@@ -11,7 +11,7 @@ use kvlathe_codec::{Element, best_isa, product};
 use super::head::{Head, Place};
 use super::partial::Partial;
 use super::visibility::Sight;
-use super::workspace::Workspace;
+use super::workspace::{BUFFERS, Workspace};
 use crate::error::Result;
 
 /// From this many queries of one KV head on (a group's queries count each), decoding tiles is faster.
@@ -39,8 +39,8 @@ impl<E: Element> Head<'_, E> {
                 if self.sees_any(&rows, place) {
                     let keys = &keys[run.start * key_dim..run.end * key_dim];
                     let values = &values[run.start * value_dim..run.end * value_dim];
-                    self.fill_exact(keys, values, place, workspace);
-                    self.attend_tile(&rows, place, &mut partial, workspace);
+                    self.fill_exact(keys, values, place, workspace)?;
+                    self.attend_tile(&rows, place, &mut partial, workspace)?;
                 }
             }
         }
@@ -51,7 +51,7 @@ impl<E: Element> Head<'_, E> {
             let place = padded(self.key.n_sinks_held() + at * block_len, blocks.len() * block_len);
             if self.sees_any(&rows, place) {
                 self.fill_decoded(blocks, place, workspace)?;
-                self.attend_tile(&rows, place, &mut partial, workspace);
+                self.attend_tile(&rows, place, &mut partial, workspace)?;
             }
         }
         Ok(partial)
@@ -62,19 +62,20 @@ impl<E: Element> Head<'_, E> {
         !matches!(self.visibility.sight(rows.clone(), tokens), Sight::None)
     }
 
-    fn size_tile(&self, place: Place, workspace: &mut Workspace) {
-        workspace.tile_keys.resize(self.keys.head_dim() * place.width, 0.0);
-        workspace.tile_values.resize(place.width * self.values.head_dim(), 0.0);
+    fn size_tile(&self, place: Place, workspace: &mut Workspace) -> Result<()> {
+        workspace.tile_keys.resize(self.keys.head_dim() * place.width, BUFFERS)?;
+        workspace.tile_values.resize(place.width * self.values.head_dim(), BUFFERS)?;
         // Padding gets no weight, but must be finite.
         workspace.tile_values[place.n_tokens * self.values.head_dim()..].fill(0.0);
         if place.n_tokens < place.width {
             let keys = workspace.tile_keys.chunks_exact_mut(place.width);
             keys.for_each(|row| row[place.n_tokens..].fill(0.0));
         }
+        Ok(())
     }
 
-    fn fill_exact(&self, keys: &[E], values: &[E], place: Place, workspace: &mut Workspace) {
-        self.size_tile(place, workspace);
+    fn fill_exact(&self, keys: &[E], values: &[E], place: Place, workspace: &mut Workspace) -> Result<()> {
+        self.size_tile(place, workspace)?;
         let Workspace { tile_keys, tile_values, .. } = workspace;
         for (t, key) in keys.chunks_exact(self.keys.head_dim()).enumerate() {
             for (j, value) in key.iter().enumerate() {
@@ -84,10 +85,11 @@ impl<E: Element> Head<'_, E> {
         for (wide, value) in tile_values.iter_mut().zip(values) {
             *wide = value.to_f32();
         }
+        Ok(())
     }
 
     fn fill_decoded(&self, blocks: Range<usize>, place: Place, workspace: &mut Workspace) -> Result<()> {
-        self.size_tile(place, workspace);
+        self.size_tile(place, workspace)?;
         let Workspace { tile_keys, tile_values, scratch, .. } = workspace;
         let (n, isa) = (self.keys.block_len(), best_isa());
         let (key_range, value_range) = (self.keys.head_range(self.head), self.values.head_range(self.head));
@@ -116,7 +118,7 @@ impl<E: Element> Head<'_, E> {
         place: Place,
         partial: &mut Partial,
         workspace: &mut Workspace,
-    ) {
+    ) -> Result<()> {
         let Workspace { tile_keys, tile_values, scores, sums, .. } = workspace;
         let key_dim = self.keys.head_dim();
         for start in rows.clone().step_by(TOGETHER) {
@@ -124,10 +126,11 @@ impl<E: Element> Head<'_, E> {
             if !self.sees_any(&run, place) {
                 continue;
             }
-            scores.resize(run.len() * place.width, 0.0);
+            scores.resize(run.len() * place.width, BUFFERS)?;
             let queries = &self.queries[run.start * key_dim..run.end * key_dim];
             product(best_isa(), queries, tile_keys, scores, (key_dim, place.width));
-            self.add_tile(scores, tile_values, place, (run, start - rows.start), partial, sums);
+            self.add_tile(scores, tile_values, place, (run, start - rows.start), partial, sums)?;
         }
+        Ok(())
     }
 }

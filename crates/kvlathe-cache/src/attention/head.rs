@@ -11,7 +11,7 @@ use kvlathe_codec::{
 use super::AttentionOptions;
 use super::partial::Partial;
 use super::visibility::Visibility;
-use super::workspace::{TileSums, Workspace};
+use super::workspace::{BUFFERS, TileSums, Workspace};
 use crate::error::Result;
 use crate::side::SideRow;
 
@@ -42,11 +42,11 @@ impl BlockRun {
 
 /// What another thread has left, or makes it. Two may make it at once: a thread that waited for the other would go to
 /// sleep, and waking takes longer.
-fn shared<T>(slot: &OnceLock<T>, make: impl FnOnce() -> T) -> &T {
+fn shared<T>(slot: &OnceLock<T>, make: impl FnOnce() -> Result<T>) -> Result<&T> {
     if slot.get().is_none() {
-        let _ = slot.set(make());
+        let _ = slot.set(make()?);
     }
-    slot.get().expect("set above, by this thread or another")
+    Ok(slot.get().expect("set above, by this thread or another"))
 }
 
 /// The work of one KV head of one sequence.
@@ -90,8 +90,8 @@ impl<E: Element> Head<'_, E> {
         let (keys, values) = (self.key_stream(), self.value_stream());
         let mut partial = Partial::new(values.head_dim(), n)?;
         let mut sums = CoefficientSums::new(values, n);
-        rescale.resize(n, 1.0);
-        let queries = shared(&self.prepared, || Queries::new(keys, self.queries));
+        rescale.resize(n, BUFFERS)?;
+        let queries = shared(&self.prepared, || Ok(Queries::new(keys, self.queries)?))?;
 
         let [key_blocks, value_blocks] =
             [(self.key, self.keys), (self.value, self.values)].map(|(row, set)| {
@@ -101,13 +101,13 @@ impl<E: Element> Head<'_, E> {
         let mut first = self.key.n_sinks_held() + run.blocks.start * block_len;
         let (middle, step) = ((first + block_len / 2) as i64, block_len as i64);
         let mut walk =
-            shared(&run.walk, || self.keys.rope().map(|rope| rope.walk_back(middle, step))).clone();
+            shared(&run.walk, || Ok(self.keys.rope().map(|rope| rope.walk_back(middle, step))))?.clone();
         let blocks_of_tile = MAX_TOKENS_AT_ONCE / block_len;
         for (key_blocks, value_blocks) in
             key_blocks.chunks(blocks_of_tile).zip(value_blocks.chunks(blocks_of_tile))
         {
             let n_tokens = key_blocks.len() * block_len;
-            scores.resize(n * n_tokens, 0.0);
+            scores.resize(n * n_tokens, BUFFERS)?;
             keys.score_blocks(isa, key_blocks, walk.as_mut(), queries, value_blocks, scores, scratch)?;
             self.cap(scores);
             self.visibility.hide(scores, (n_tokens, n_tokens), first, 0..n);
@@ -139,7 +139,7 @@ impl<E: Element> Head<'_, E> {
             for (keys, values) in
                 keys.chunks(TILE_TOKENS * key_dim).zip(values.chunks(TILE_TOKENS * value_dim))
             {
-                self.exact_tile(keys, values, first, &mut partial, workspace);
+                self.exact_tile(keys, values, first, &mut partial, workspace)?;
                 first += TILE_TOKENS;
             }
         }
@@ -154,14 +154,14 @@ impl<E: Element> Head<'_, E> {
         first: usize,
         partial: &mut Partial,
         workspace: &mut Workspace,
-    ) {
+    ) -> Result<()> {
         let Workspace { scores, wide, sums, .. } = workspace;
         let (n, key_dim) = (self.n(), self.keys.head_dim());
         let n_tokens = keys.len() / key_dim;
-        scores.resize(n * n_tokens, 0.0);
-        row_products(best_isa(), self.queries, E::widen(keys, wide), scores, (key_dim, n_tokens));
+        scores.resize(n * n_tokens, BUFFERS)?;
+        row_products(best_isa(), self.queries, E::widen(keys, wide)?, scores, (key_dim, n_tokens));
         let place = Place { first, n_tokens, width: n_tokens };
-        self.add_tile(scores, E::widen(values, wide), place, (0..n, 0), partial, sums);
+        self.add_tile(scores, E::widen(values, wide)?, place, (0..n, 0), partial, sums)
     }
 
     /// Takes a tile's scores `[rows, width]` and values `[width, value_dim]` into a partial result, in which the first of
@@ -174,20 +174,21 @@ impl<E: Element> Head<'_, E> {
         (rows, to): (Range<usize>, usize),
         partial: &mut Partial,
         sums: &mut TileSums,
-    ) {
+    ) -> Result<()> {
         let (n, dim, isa) = (rows.len(), self.values.head_dim(), best_isa());
         let TileSums { rescale, added } = sums;
-        rescale.resize(n, 1.0);
-        added.resize(n * dim, 0.0);
+        rescale.resize(n, BUFFERS)?;
+        added.resize(n * dim, BUFFERS)?;
         self.cap(scores);
         self.visibility.hide(scores, (place.width, place.n_tokens), place.first, rows);
         weigh(isa, scores, place.width, &mut partial.max[to..to + n], &mut partial.sum[to..to + n], rescale);
         product(isa, scores, values, added, (place.width, dim));
         let out = partial.out[to * dim..(to + n) * dim].chunks_exact_mut(dim);
-        for ((out, added), factor) in out.zip(added.chunks_exact(dim)).zip(&*rescale) {
+        for ((out, added), factor) in out.zip(added.chunks_exact(dim)).zip(&**rescale) {
             for (o, a) in out.iter_mut().zip(added) {
                 *o = *o * factor + a;
             }
         }
+        Ok(())
     }
 }

@@ -23,8 +23,13 @@ use partial::Partial;
 use visibility::Visibility;
 use workspace::with_workspace;
 
-/// Parts that each thread should have to choose from, for balance.
+/// Parts of queries that each thread should have to choose from, for balance.
 const PARTS_PER_THREAD: usize = 4;
+/// Of a thread's share of the packed blocks, the largest and the smallest part: threads begin with large ones, for few
+/// starts, and end with small ones, so that none waits long for another (guided self-scheduling: Polychronopoulos and
+/// Kuck, 1987).
+const LARGEST_PART: usize = 2;
+const SMALLEST_PART: usize = 16;
 /// Fewest packed tokens of a part: enough to make it worth its start.
 const MIN_PART_TOKENS: usize = 256;
 /// Queries of a part when there are many: enough to make decoding cheap, few enough for the second-level cache.
@@ -52,6 +57,27 @@ impl Default for AttentionOptions<'_> {
     fn default() -> Self {
         Self { scaling: 1.0, mask: None, softcap: None, sink_scores: None }
     }
+}
+
+/// Cuts a head's `n_blocks` into runs that get shorter, the same for all of `n_heads` heads, each of at least `least`
+/// blocks but for the last; into one where there is one thread.
+fn runs(
+    n_blocks: usize,
+    n_heads: usize,
+    n_threads: usize,
+    least: usize,
+) -> impl Iterator<Item = Range<usize>> {
+    let share = (n_blocks * n_heads).div_ceil(n_threads);
+    let least = least.max(share / SMALLEST_PART);
+    let most = if n_threads == 1 { n_blocks } else { least.max(share / LARGEST_PART) };
+    let mut first = 0;
+    std::iter::from_fn(move || {
+        let left = n_blocks - first;
+        // Half of what is left, unless that would leave a part too small.
+        let len = if n_threads == 1 || left < 2 * least { left } else { (left / 2).clamp(least, most) };
+        first += len;
+        (len > 0).then_some(first - len..first)
+    })
 }
 
 /// What one task does for one head.
@@ -109,9 +135,7 @@ impl<E: Element> LayerCache<E> {
             return (0..n).step_by(len).map(|first| Part::Dense(first..n.min(first + len))).collect();
         }
         let n_blocks = self.sides(0).0.n_blocks();
-        let wanted = (n_blocks * n_heads).div_ceil(PARTS_PER_THREAD * n_threads);
-        let len = wanted.max(MIN_PART_TOKENS.div_ceil(block_len));
-        let runs = (0..n_blocks).step_by(len).map(|first| first..n_blocks.min(first + len));
+        let runs = runs(n_blocks, n_heads, n_threads, MIN_PART_TOKENS.div_ceil(block_len));
         runs.map(|run| Part::Blocks(BlockRun::new(run))).chain([Part::Exact]).collect()
     }
 
@@ -160,11 +184,12 @@ impl<E: Element> LayerCache<E> {
             })
             .collect();
         let parts = self.parts(keys.block_len(), group * n_queries, heads.len(), n_threads);
-        let partials: Vec<OnceLock<Result<Partial>>> =
+        let mut partials: Vec<OnceLock<Result<Partial>>> =
             (0..heads.len() * parts.len()).map(|_| OnceLock::new()).collect();
         for_each_task(n_threads, partials.len(), &|task| {
-            let head = &heads[task / parts.len()];
-            let partial = with_workspace(|workspace| match &parts[task % parts.len()] {
+            // Large parts of all heads come first.
+            let head = &heads[task % heads.len()];
+            let partial = with_workspace(|workspace| match &parts[task / heads.len()] {
                 Part::Exact => head.exact(workspace),
                 Part::Blocks(run) => head.blocks(run, workspace),
                 Part::Dense(rows) => head.dense(rows.clone(), workspace),
@@ -172,14 +197,13 @@ impl<E: Element> LayerCache<E> {
             partials[task].get_or_init(|| partial);
         });
 
-        let mut partials = partials.into_iter().map(|slot| slot.into_inner().expect("every task has run"));
         for (at, head) in heads.iter().enumerate() {
             let (row, kv_head) = (at / n_heads, at % n_heads);
             let values = head.value_stream();
             // Parts of the tokens are joined; parts of the queries follow one another.
             let mut joined: Vec<(usize, Partial)> = Vec::new();
-            for part in &parts {
-                let partial = partials.next().expect("one for each part of each head")?;
+            for (part, of_heads) in parts.iter().zip(partials.chunks_exact_mut(heads.len())) {
+                let partial = of_heads[at].take().expect("every task has run")?;
                 match (part, joined.first_mut()) {
                     (Part::Dense(rows), _) => joined.push((rows.start, partial)),
                     (_, Some((_, total))) => total.merge(values, &partial),
@@ -234,6 +258,33 @@ impl<E: Element> LayerCache<E> {
                 Err(CacheError::Buffer { what: "sink scores", given: scores.len(), expected: query_heads })
             }
             _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::runs;
+
+    #[test]
+    fn runs_cover_all_blocks_and_get_shorter() {
+        for (n_heads, n_threads) in [(1, 1), (2, 2), (8, 2), (2, 16), (3, 5)] {
+            for n_blocks in [0, 1, 7, 8, 31, 256, 2048] {
+                let runs: Vec<_> = runs(n_blocks, n_heads, n_threads, 4).collect();
+                assert_eq!(
+                    runs.iter().cloned().flatten().collect::<Vec<_>>(),
+                    (0..n_blocks).collect::<Vec<_>>()
+                );
+                let whole = &runs[..runs.len().saturating_sub(1)];
+                assert!(whole.windows(2).all(|pair| pair[0].len() >= pair[1].len()), "{runs:?}");
+                assert!(whole.iter().all(|run| run.len() >= 4), "{runs:?}");
+                if n_threads == 1 {
+                    assert!(runs.len() <= 1, "no thread to share with: {runs:?}");
+                } else if let Some(last) = runs.last().filter(|_| n_blocks * n_heads > 64 * n_threads) {
+                    let share = n_blocks * n_heads / n_threads;
+                    assert!(last.len() <= share / 4, "the end is shared out in small parts: {runs:?}");
+                }
+            }
         }
     }
 }

@@ -39,7 +39,7 @@ pub(super) fn groups_mut<T, const N: usize>(values: &mut [T]) -> &mut [[T; N]] {
 
 /// The sum of all lanes; halves are added, so that no addition waits for more than three others.
 #[inline(always)]
-pub(super) fn total<const N: usize>(mut lanes: [f32; N]) -> f32 {
+pub(crate) fn total<const N: usize>(mut lanes: [f32; N]) -> f32 {
     let mut half = N / 2;
     while half > 0 {
         for l in 0..half {

@@ -33,14 +33,14 @@ mod softmax;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod tiles;
 
-pub(crate) use lanes::{LANES, WIDE};
+pub(crate) use lanes::{LANES, WIDE, total};
 
 pub use isa::{Isa, available_isas, best_isa};
 
 use crate::attend::CoefficientSums;
 use crate::basis::StreamTables;
 use crate::error::Result;
-use crate::memory;
+use crate::lines::Lines;
 use crate::query::Queries;
 use crate::rope::{Rotation, RotationWalk};
 
@@ -48,61 +48,59 @@ use crate::rope::{Rotation, RotationWalk};
 #[derive(Debug, Default, Clone)]
 pub struct Scratch {
     /// `[head_dim, block_len]` vectors, component-major.
-    pub(crate) x: Vec<f32>,
+    pub(crate) x: Lines<f32>,
     /// `[head_dim, block_len]` coefficients in steps.
-    pub(crate) z: Vec<f32>,
+    pub(crate) z: Lines<f32>,
     /// One row of codes, or those of the drift.
-    pub(crate) codes: Vec<u8>,
+    pub(crate) codes: Lines<u8>,
     /// `[block_len]`.
-    pub(crate) gain_codes: Vec<u16>,
+    pub(crate) gain_codes: Lines<u16>,
     /// `[n_blocks, n_padded]` drift in steps.
-    pub(crate) drift: Vec<f32>,
+    pub(crate) drift: Lines<f32>,
     /// `[n_queries, n_places]` queries in the block's frame, rounded.
-    pub(crate) turned: Vec<i16>,
+    pub(crate) turned: Lines<i16>,
     /// `[n_queries, n_pairs]` the queries' products with the mean in the block's frame.
-    pub(crate) even: Vec<f32>,
-    pub(crate) odd: Vec<f32>,
+    pub(crate) even: Lines<f32>,
+    pub(crate) odd: Lines<f32>,
     /// Integer products, before they become something else.
-    pub(crate) products: Vec<i32>,
+    pub(crate) products: Lines<i32>,
     /// `[n_queries, n_padded]`: queries times the synthesis; the same rounded, in the order of
     /// [`multiply_codes::MultiplyCodes::order_columns`].
-    pub(crate) coefficients: Vec<f32>,
-    pub(crate) projected: Vec<i16>,
+    pub(crate) coefficients: Lines<f32>,
+    pub(crate) projected: Lines<i16>,
     /// `[n_queries, n_blocks]`, then `[n_queries, n_padded]`: weights of blocks, and what their drift adds to sums.
-    pub(crate) block_weights: Vec<f32>,
-    pub(crate) drift_sums: Vec<f32>,
+    pub(crate) block_weights: Lines<f32>,
+    pub(crate) drift_sums: Lines<f32>,
     /// `[⌈n_coded/4⌉, block_len, 4]` codes of a block.
-    pub(crate) quads: Vec<u8>,
+    pub(crate) quads: Lines<u8>,
     /// `[n_queries, block_len]` queries times the mean table.
-    pub(crate) mean_scores: Vec<f32>,
+    pub(crate) mean_scores: Lines<f32>,
     /// `[2, n_queries, width]`: even and odd parts of those scores.
-    pub(crate) mean_parts: Vec<f32>,
+    pub(crate) mean_parts: Lines<f32>,
     /// Gains and step factors of tokens.
-    pub(crate) gains: Vec<f32>,
-    pub(crate) scales: Vec<f32>,
+    pub(crate) gains: Lines<f32>,
+    pub(crate) scales: Lines<f32>,
     /// `[n_queries, tokens]`, tokens padded to [`multiply_codes::DOT_STEP`]: attention weights times gains and step factors,
     /// rounded.
-    pub(crate) weights_i16: Vec<i16>,
+    pub(crate) weights_i16: Lines<i16>,
     /// `[n_queries]`: what the unit of rounded numbers is worth, and what is added to a product with codes to make it one
     /// with levels.
-    pub(crate) units: Vec<f32>,
-    pub(crate) offsets: Vec<f32>,
+    pub(crate) units: Lines<f32>,
+    pub(crate) offsets: Lines<f32>,
     /// `[n_queries]`: sums of `weights_i16`.
-    pub(crate) totals: Vec<i32>,
+    pub(crate) totals: Lines<i32>,
     /// `[⌈n_coded/4⌉, n_queries, 4]`: products of `weights_i16` with codes.
-    pub(crate) level_dots: Vec<i32>,
+    pub(crate) level_dots: Lines<i32>,
     /// Codes of a few coefficients over many tokens.
-    pub(crate) row_codes: Vec<u8>,
+    pub(crate) row_codes: Lines<u8>,
 }
 
 /// Adding 1.5·2²³ rounds a value below 2²² to an integer and leaves it in the low bits of the mantissa.
 const ROUND: f32 = 12_582_912.0;
 
 /// Sets a buffer's length; what it held before may stay.
-fn fit<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) -> Result<()> {
-    memory::reserve(buffer, len.saturating_sub(buffer.len()), "the codec's buffers")?;
-    buffer.resize(len, T::default());
-    Ok(())
+fn fit<T: bytemuck::Pod>(buffer: &mut Lines<T>, len: usize) -> Result<()> {
+    buffer.resize(len, "the codec's buffers")
 }
 
 impl Scratch {
