@@ -4,6 +4,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::error::Result;
+use crate::kernels::{self, best_isa};
 use crate::lines::Lines;
 
 /// What [`Element::widen`] copies.
@@ -21,13 +22,7 @@ pub trait Element: bytemuck::Pod + Default + Send + Sync + PartialEq + std::fmt:
     ///
     /// # Errors
     /// No memory for the copy.
-    fn widen<'a>(values: &'a [Self], buffer: &'a mut Lines<f32>) -> Result<&'a [f32]> {
-        buffer.resize(values.len(), WIDENED)?;
-        for (wide, value) in buffer.iter_mut().zip(values) {
-            *wide = value.to_f32();
-        }
-        Ok(buffer)
-    }
+    fn widen<'a>(values: &'a [Self], buffer: &'a mut Lines<f32>) -> Result<&'a [f32]>;
 }
 
 impl Element for f32 {
@@ -55,6 +50,11 @@ impl Element for bf16 {
     #[inline(always)]
     fn from_f32(value: f32) -> Self {
         Self::from_f32(value)
+    }
+    fn widen<'a>(values: &'a [Self], buffer: &'a mut Lines<f32>) -> Result<&'a [f32]> {
+        buffer.resize(values.len(), WIDENED)?;
+        kernels::widen_bf16(best_isa(), values, buffer);
+        Ok(buffer)
     }
 }
 

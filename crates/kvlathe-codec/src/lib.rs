@@ -62,7 +62,7 @@ pub use basis::{BLOCK_LENS, Basis, DRIFT_STEP, MAX_HEAD_DIM, StreamTables};
 pub use block::{pack_row, row_bytes, side_information_bytes, unpack_row};
 pub use element::Element;
 pub use error::{CodecError, Result};
-pub use kernels::{Isa, Scratch, available_isas, best_isa, product, row_products, weigh};
+pub use kernels::{Isa, Scratch, available_isas, best_isa, product, row_products, shrinkage, weigh};
 pub use lines::{Line, Lines};
 pub use low_rank::{LowRank, ORTHONORMAL_LIMIT, Storage};
 pub use query::Queries;

@@ -1,6 +1,6 @@
 //! What a part of the tokens contributes to a softmax, and how parts are joined.
 
-use kvlathe_codec::{CoefficientSums, StreamTables, best_isa, memory};
+use kvlathe_codec::{CoefficientSums, StreamTables, best_isa, memory, shrinkage};
 
 use crate::error::Result;
 
@@ -49,7 +49,7 @@ impl Partial {
             if largest == f32::NEG_INFINITY {
                 continue;
             }
-            let (ours, theirs) = ((self.max[q] - largest).exp(), (other.max[q] - largest).exp());
+            let (ours, theirs) = (shrinkage(self.max[q], largest), shrinkage(other.max[q], largest));
             self.rescale(q, ours);
             self.sum[q] = self.sum[q] * ours + other.sum[q] * theirs;
             if let Some(more) = &other.coefficients {
@@ -67,8 +67,8 @@ impl Partial {
     /// A score that takes weight but has no value (gpt-oss).
     pub(super) fn add_sink(&mut self, query: usize, score: f32) {
         let largest = self.max[query].max(score);
-        let shrink = (self.max[query] - largest).exp();
-        self.sum[query] = self.sum[query] * shrink + (score - largest).exp();
+        let shrink = shrinkage(self.max[query], largest);
+        self.sum[query] = self.sum[query] * shrink + shrinkage(score, largest);
         self.rescale(query, shrink);
         self.max[query] = largest;
     }

@@ -36,6 +36,9 @@ mod tiles;
 pub(crate) use lanes::{LANES, WIDE, total};
 
 pub use isa::{Isa, available_isas, best_isa};
+pub use softmax::shrinkage;
+
+use half::bf16;
 
 use crate::attend::CoefficientSums;
 use crate::basis::StreamTables;
@@ -252,6 +255,10 @@ for_each_isa!(
 for_each_isa!(
     /// out[m, n] = a[m, k] · b[n, k]ᵀ, dot products of rows; `shape` is (k, n), k a multiple of eight.
     row_products, product::row_products, (a: &[f32], b: &[f32], out: &mut [f32], shape: (usize, usize))
+);
+for_each_isa!(
+    /// Widens numbers in bfloat16, exactly; as many of `from` as of `to`.
+    widen_bf16, product::widen_bf16, (from: &[bf16], to: &mut [f32])
 );
 for_each_isa!(
     /// Turns scores `[n_queries, n]` into weights e^(score − max), keeping each query's running maximum and sum;

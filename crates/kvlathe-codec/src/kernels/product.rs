@@ -1,5 +1,7 @@
 //! Products by themselves: of matrices, for exact parts of a cache, and of two vectors.
 
+use half::bf16;
+
 use super::floats::Floats;
 use super::lanes::groups;
 use super::multiply::Multiply;
@@ -14,6 +16,15 @@ pub(super) fn product<M: Multiply>(a: &[f32], x: &[f32], out: &mut [f32], shape:
 #[inline(always)]
 pub(super) fn row_products<M: Multiply>(a: &[f32], b: &[f32], out: &mut [f32], shape: (usize, usize)) {
     M::dot(a, b, out, shape);
+}
+
+/// Widens numbers in bfloat16, which are the upper halves of those in float32.
+#[inline(always)]
+pub(super) fn widen_bf16<M: Multiply>(from: &[bf16], to: &mut [f32]) {
+    let from = &from[..to.len()];
+    for i in 0..to.len() {
+        to[i] = f32::from_bits(u32::from(from[i].to_bits()) << 16);
+    }
 }
 
 /// Σ aₜ·bₜ over a multiple of N, N partial sums side by side.
