@@ -114,6 +114,14 @@ def _attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _attention_name(config: Any) -> str | None:
+    """The attention that a model's config names: the property `_attn_implementation`, which every layer would wait for
+    in every step, or the attribute behind it.
+    """
+    held = object.__getattribute__(config, "__dict__").get("_attn_implementation_internal")
+    return held if held is not None else config._attn_implementation
+
+
 def _announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before an attention module runs: tell its cache layer that stubs will do."""
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
@@ -121,7 +129,7 @@ def _announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
         layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
         # Someone may have set another attention since, which would take stubs for keys.
-        ours = module.config._attn_implementation == ATTENTION_NAME  # type: ignore[union-attr]
+        ours = _attention_name(module.config) == ATTENTION_NAME
         # Sliding windows and transformers' own layers go through dense attention.
         if ours and isinstance(layer, CompressedLayer) and not layer.is_sliding:
             layer.attends_next = True

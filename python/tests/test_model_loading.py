@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from transformers import modeling_gguf_pytorch_utils
 
 import kvlathe.model_loading as loading
 from kvlathe.errors import ModelError
@@ -40,6 +41,20 @@ def test_loading_is_silent_where_no_terminal_watches(folder: Path, capfd: pytest
     load_model(folder)
     assert capfd.readouterr().err == ""
     assert transformers.utils.logging.is_progress_bar_enabled()  # as before
+
+
+def test_converting_is_silent_where_no_terminal_watches(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def convert(source: Path, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        assert sum(modeling_gguf_pytorch_utils.tqdm([1, 2], desc="tensors")) == 3
+
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    before = modeling_gguf_pytorch_utils.tqdm
+    convert_gguf(tmp_path / "model.gguf", cache=tmp_path / "cache", progress=lambda _: None, convert=convert)
+    assert capfd.readouterr().err == ""
+    assert modeling_gguf_pytorch_utils.tqdm is before
 
 
 def test_a_model_object_is_taken_as_it_is() -> None:

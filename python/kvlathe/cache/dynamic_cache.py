@@ -185,15 +185,20 @@ class CompressedDynamicCache(RecurrentStates):
                 f"the model has a layer {layer_idx}, this cache was made for {len(self.layers)} layers; "
                 f"pass num_layers=model.config.num_hidden_layers and a preset of this model"
             )
-        with self._passes.alone("update()"):
-            current = self._passes.current
+        passes, layer = self._passes, self.layers[layer_idx]
+        entered = passes.enter("update()")
+        try:
+            current = passes.current
             if current is not None:
                 self._check_pass(layer_idx, current)
             expanded = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-            if current is not None and isinstance(self.layers[layer_idx], CompressedLayer):
-                self._passes.note(current, layer_idx, self.layers[layer_idx].get_seq_length())
-            elif current is None:
-                self._passes.see(None)
+            if current is None:
+                passes.see(None)
+            elif isinstance(layer, CompressedLayer):
+                passes.note(current, layer_idx, layer.get_seq_length())
+        finally:
+            if entered:
+                passes.leave()
         return expanded
 
     def note_padding(self, attention_mask: torch.Tensor) -> None:

@@ -121,22 +121,42 @@ class Passes:
         Raises:
             CacheStateError: another thread is at work on the cache, or in the middle of a pass.
         """
+        entered = self.enter(doing)
+        try:
+            yield
+        finally:
+            if entered:
+                self.leave()
+
+    def enter(self, doing: str) -> bool:
+        """As `alone`, for what every layer does in every step; `leave` must follow where this returns True.
+
+        Raises:
+            CacheStateError: as for `alone`.
+        """
         thread = get_ident()
         if self._holder.get("thread") == thread:
             # Called by ourselves, or an interrupt came before the last call could let go.
-            yield
-            return
+            return False
         if self._holder.setdefault("thread", thread) != thread:
             raise CacheStateError(f"{doing} while another thread works on the same cache; {_ADVICE}")
         try:
             self._refuse_others(doing)
-            yield
-        finally:
-            self._holder.pop("thread", None)
+        except CacheStateError:
+            self.leave()
+            raise
+        return True
+
+    def leave(self) -> None:
+        """Let other threads in again."""
+        self._holder.pop("thread", None)
 
     def _refuse_others(self, doing: str) -> None:
         thread = get_ident()
-        if any(owner != thread and other.updated for owner, other in list(self._open.items())):
+        passes = self._open
+        if not passes or (len(passes) == 1 and thread in passes):
+            return
+        if any(owner != thread and other.updated for owner, other in list(passes.items())):
             raise CacheStateError(
                 f"{doing} while another thread is in the middle of a pass through the model with the same cache, or "
                 f"broke off there; {_ADVICE}"

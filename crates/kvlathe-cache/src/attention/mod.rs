@@ -36,7 +36,7 @@ const MIN_PART_TOKENS: usize = 256;
 const MIN_PART_QUERIES: usize = 256;
 const MAX_PART_QUERIES: usize = 2048;
 /// Multiply-adds that one thread does in the time it takes to wake another.
-const WORTH_WAKING: usize = 100_000;
+const WORTH_WAKING: usize = 500_000;
 
 /// What attention does beyond softmax(q·k)·v.
 #[derive(Debug, Clone, Copy)]
