@@ -252,7 +252,7 @@ fn check_sums(tables: &StreamTables, blocks: &[&[u8]], weights: &[f32], tokens: 
         let (mut sums, mut scratch) = (CoefficientSums::new(tables, n_queries), Scratch::default());
         tables.accumulate_blocks(isa, blocks, weights, &mut sums, &mut scratch).expect("it fits");
         let mut out = vec![0.0; n_queries * d];
-        tables.finish_sums(isa, &sums, &mut out).expect("it fits");
+        tables.finish_sums(isa, &sums, &mut out, &mut scratch).expect("it fits");
         out
     });
     let terms: f64 = column_sizes(tables).iter().map(|(norm, level)| norm * level).sum();

@@ -17,6 +17,7 @@ use std::ops::Range;
 use crate::basis::StreamTables;
 use crate::error::{Result, check_len};
 use crate::kernels::{self, Isa, Scratch};
+use crate::memory;
 use crate::query::Queries;
 use crate::rope::RotationWalk;
 
@@ -24,7 +25,7 @@ use crate::rope::RotationWalk;
 pub const MAX_TOKENS_AT_ONCE: usize = 1024;
 
 /// Σ p·γ·(s·u + a) of several queries, and the weight of the mean.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct CoefficientSums {
     /// `[n_queries, head_dim]`.
     pub(crate) sums: Vec<f32>,
@@ -37,6 +38,15 @@ impl CoefficientSums {
     #[must_use]
     pub fn new(tables: &StreamTables, n_queries: usize) -> Self {
         Self { sums: vec![0.0; n_queries * tables.head_dim], mean_weights: vec![0.0; n_queries] }
+    }
+
+    /// Back to zero, for another number of queries or stream perhaps; what was allocated serves again.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn reset(&mut self, tables: &StreamTables, n_queries: usize) -> Result<()> {
+        memory::refill(&mut self.sums, n_queries * tables.head_dim, 0.0, "sums of coefficients")?;
+        memory::refill(&mut self.mean_weights, n_queries, 0.0, "sums of weights")
     }
 
     pub(crate) fn n_queries(&self) -> usize {
@@ -121,10 +131,17 @@ impl StreamTables {
     /// Adds what `sums` stand for to `out`, `[n_queries, head_dim]`: the inverse transform, once.
     ///
     /// # Errors
-    /// An output of another length.
-    pub fn finish_sums(&self, isa: Isa, sums: &CoefficientSums, out: &mut [f32]) -> Result<()> {
+    /// An output of another length, no memory.
+    pub fn finish_sums(
+        &self,
+        isa: Isa,
+        sums: &CoefficientSums,
+        out: &mut [f32],
+        scratch: &mut Scratch,
+    ) -> Result<()> {
         check_len("the output", out.len(), sums.n_queries() * self.head_dim)?;
-        kernels::finish(isa, self, sums, out);
+        scratch.fit_vectors(self, sums.n_queries())?;
+        kernels::finish(isa, self, sums, out, scratch);
         Ok(())
     }
 

@@ -32,6 +32,29 @@ pub fn filled<T: Clone>(len: usize, value: T, what: &'static str) -> Result<Vec<
     Ok(new)
 }
 
+/// Makes what is held `len` times the same element; what was allocated serves again.
+///
+/// # Errors
+/// No memory.
+pub fn refill<T: Clone>(held: &mut Vec<T>, len: usize, value: T, what: &'static str) -> Result<()> {
+    held.clear();
+    reserve(held, len, what)?;
+    held.resize(len, value);
+    Ok(())
+}
+
+/// Makes at least `len` of what is held, the new ones by `make`.
+///
+/// # Errors
+/// No memory.
+pub fn grow<T>(held: &mut Vec<T>, len: usize, make: impl FnMut() -> T, what: &'static str) -> Result<()> {
+    if held.len() < len {
+        reserve(held, len - held.len(), what)?;
+        held.resize_with(len, make);
+    }
+    Ok(())
+}
+
 /// A copy.
 ///
 /// # Errors

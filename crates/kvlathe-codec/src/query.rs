@@ -6,7 +6,7 @@
 //! are about 10⁻⁵ of ‖q‖·‖x‖: far below the error that codes of a few bits bring. The mean's part, which may be large,
 //! and the drift's, which is one number a block, stay in float32.
 
-use crate::basis::StreamTables;
+use crate::basis::{MAX_HEAD_DIM, StreamTables};
 use crate::error::Result;
 use crate::kernels::{LANES, WIDE, total};
 use crate::lines::Lines;
@@ -160,32 +160,40 @@ pub struct Queries {
 }
 
 impl Queries {
-    /// Makes `queries` `[n, head_dim]` ready for a stream.
+    /// `queries` `[n, head_dim]`, ready for a stream.
     ///
     /// # Errors
     /// No memory.
     pub fn new(tables: &StreamTables, queries: &[f32]) -> Result<Self> {
+        let mut ready = Self::default();
+        ready.prepare(tables, queries)?;
+        Ok(ready)
+    }
+
+    /// Becomes other queries, `[n, head_dim]`, of another stream perhaps; what was allocated serves again.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn prepare(&mut self, tables: &StreamTables, queries: &[f32]) -> Result<()> {
         let QueryTables { places, mean, .. } = tables.query_tables();
         let (d, n_pairs, n_places) = (tables.head_dim, mean.n_pairs, places.len());
         let (n, what) = (queries.len() / d, "queries");
-        let mut ready = Self {
-            scaled: Lines::zeros(n * n_places, what)?,
-            mean_even: Lines::zeros(n * n_pairs, what)?,
-            mean_odd: Lines::zeros(n * n_pairs, what)?,
-            mean_rest: memory::room(n, what)?,
-            factors: memory::room(n, what)?,
-            n_places,
-        };
+        self.scaled.resize(n * n_places, what)?;
+        self.mean_even.resize(n * n_pairs, what)?;
+        self.mean_odd.resize(n * n_pairs, what)?;
+        memory::refill(&mut self.mean_rest, n, 0.0, what)?;
+        memory::refill(&mut self.factors, n, 0.0, what)?;
+        self.n_places = n_places;
         let (mean_left, mean_rest) = mean.turned.split_at(n_pairs);
         let (mean_right, mean_rest) = mean_rest.split_at(n_pairs);
         // Behind the components stands what places of padding hold.
-        let mut padded = memory::filled(d + 1, 0.0, what)?;
+        let mut padded = [0.0; MAX_HEAD_DIM + 1];
         for (q, query) in queries.chunks_exact(d).enumerate() {
             padded[..d].copy_from_slice(query);
             let norm = norm(query);
             let scale = if norm > 0.0 { NORM / norm } else { 0.0 };
-            ready.factors.push(norm / NORM);
-            let scaled = &mut ready.scaled[q * n_places..][..n_places];
+            self.factors[q] = norm / NORM;
+            let scaled = &mut self.scaled[q * n_places..][..n_places];
             for (to, place) in scaled.iter_mut().zip(places) {
                 *to = padded[*place] * scale;
             }
@@ -193,14 +201,14 @@ impl Queries {
             let (left, rest) = scaled.split_at(n_pairs);
             let (right, rest) = rest.split_at(n_pairs);
             let run = q * n_pairs..(q + 1) * n_pairs;
-            let (even, odd) = (&mut ready.mean_even[run.clone()], &mut ready.mean_odd[run]);
+            let (even, odd) = (&mut self.mean_even[run.clone()], &mut self.mean_odd[run]);
             for i in 0..n_pairs {
                 even[i] = left[i] * mean_left[i] + right[i] * mean_right[i];
                 odd[i] = right[i] * mean_left[i] - left[i] * mean_right[i];
             }
-            ready.mean_rest.push(rest.iter().zip(mean_rest).map(|(q, m)| q * m).sum());
+            self.mean_rest[q] = rest.iter().zip(mean_rest).map(|(q, m)| q * m).sum();
         }
-        Ok(ready)
+        Ok(())
     }
 
     /// How many queries.

@@ -26,7 +26,7 @@ pub struct Rope {
 }
 
 /// The rotation of one position: a cosine and a sine for each pair.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, PartialEq)]
 pub struct Rotation {
     /// Padded to whole vectors of sixteen with pairs that do not turn.
     cos: Vec<f32>,
@@ -130,7 +130,7 @@ impl Rotation {
 
 /// Rotations R(−c) of evenly spaced positions, each from the one before: a complex product a pair instead of a sine
 /// and a cosine. In f64 the error grows by about 10⁻¹⁶ a step.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct RotationWalk {
     cos: Vec<f64>,
     sin: Vec<f64>,
@@ -155,7 +155,51 @@ impl Rope {
     }
 }
 
+impl Clone for Rotation {
+    fn clone(&self) -> Self {
+        let Self { cos, sin, n_pairs, pairing } = self;
+        Self { cos: cos.clone(), sin: sin.clone(), n_pairs: *n_pairs, pairing: *pairing }
+    }
+
+    /// What was allocated serves again.
+    fn clone_from(&mut self, other: &Self) {
+        self.cos.clone_from(&other.cos);
+        self.sin.clone_from(&other.sin);
+        (self.n_pairs, self.pairing) = (other.n_pairs, other.pairing);
+    }
+}
+
+impl Clone for RotationWalk {
+    fn clone(&self) -> Self {
+        let Self { cos, sin, step_cos, step_sin, current } = self;
+        Self {
+            cos: cos.clone(),
+            sin: sin.clone(),
+            step_cos: step_cos.clone(),
+            step_sin: step_sin.clone(),
+            current: current.clone(),
+        }
+    }
+
+    /// What was allocated serves again.
+    fn clone_from(&mut self, other: &Self) {
+        self.cos.clone_from(&other.cos);
+        self.sin.clone_from(&other.sin);
+        self.step_cos.clone_from(&other.step_cos);
+        self.step_sin.clone_from(&other.step_sin);
+        self.current.clone_from(&other.current);
+    }
+}
+
 impl RotationWalk {
+    /// Goes to R(−`position`) at once; `rope` is that of the walk, and so is the step.
+    pub fn jump(&mut self, rope: &Rope, position: i64) {
+        for (i, angle) in rope.angles(-position).enumerate() {
+            (self.sin[i], self.cos[i]) = angle.sin_cos();
+            (self.current.sin[i], self.current.cos[i]) = (self.sin[i] as f32, self.cos[i] as f32);
+        }
+    }
+
     /// The rotation of the current position.
     #[must_use]
     pub fn rotation(&self) -> &Rotation {

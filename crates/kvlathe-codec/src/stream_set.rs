@@ -4,13 +4,15 @@ use std::sync::Arc;
 
 use crate::basis::{Basis, StreamTables};
 use crate::error::{CodecError, Result};
-use crate::rope::{Rope, Rotation};
+use crate::rope::{Rope, Rotation, RotationWalk};
 
 /// The streams of one side (keys or values) of a layer.
 #[derive(Debug, Clone)]
 pub struct StreamSet {
     streams: Vec<StreamTables>,
     rope: Option<Arc<Rope>>,
+    /// From block to block, at the first: its steps are the same from everywhere.
+    walk: Option<RotationWalk>,
     /// Where each head's packed block begins; one more entry for the end.
     offsets: Vec<usize>,
 }
@@ -45,7 +47,8 @@ impl StreamSet {
         for stream in &streams {
             offsets.push(offsets[offsets.len() - 1] + stream.block_bytes());
         }
-        Ok(Self { streams, rope, offsets })
+        let walk = rope.as_ref().map(|rope| rope.walk_back(block_len as i64 / 2, block_len as i64));
+        Ok(Self { streams, rope, walk, offsets })
     }
 
     /// One per KV head.
@@ -88,6 +91,15 @@ impl StreamSet {
     #[must_use]
     pub fn rope(&self) -> Option<&Rope> {
         self.rope.as_deref()
+    }
+
+    /// Makes `walk` go from block to block, beginning at R(−c) of that whose first token has position `first_position`;
+    /// `None` when nothing is rotated. What was allocated serves again.
+    pub fn walk_from(&self, first_position: usize, walk: &mut Option<RotationWalk>) {
+        walk.clone_from(&self.walk);
+        if let (Some(walk), Some(rope)) = (walk, &self.rope) {
+            walk.jump(rope, (first_position + self.block_len() / 2) as i64);
+        }
     }
 
     /// R(−c) and R(c) for the block whose first token has position `first_position`; `None` when nothing is rotated.

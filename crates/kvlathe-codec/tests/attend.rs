@@ -165,7 +165,7 @@ fn sums_are_those_of_the_decoded_values() {
             let once = sums.clone();
             (0..n_queries).for_each(|q| sums.add(q, &once, 1.0));
             let mut out = vec![0.0; n_queries * d];
-            tables.finish_sums(isa, &sums, &mut out).unwrap();
+            tables.finish_sums(isa, &sums, &mut out, &mut scratch).unwrap();
             for q in 0..n_queries {
                 let weights = &weights[q * n_tokens..(q + 1) * n_tokens];
                 let size: f64 = weights
@@ -204,7 +204,7 @@ fn even_weights_over_many_tokens_do_not_overflow() {
         let (mut sums, mut scratch) = (CoefficientSums::new(&tables, 1), Scratch::default());
         tables.accumulate_blocks(isa, &many, &weights, &mut sums, &mut scratch).unwrap();
         let mut out = vec![0.0; 16];
-        tables.finish_sums(isa, &sums, &mut out).unwrap();
+        tables.finish_sums(isa, &sums, &mut out, &mut scratch).unwrap();
         for j in 0..16 {
             let expected: f64 =
                 (n_tokens / 32) as f64 * decoded.chunks_exact(16).map(|x| f64::from(x[j])).sum::<f64>();

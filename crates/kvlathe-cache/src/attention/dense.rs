@@ -5,21 +5,50 @@
 //! each query is cheaper.
 
 use std::ops::Range;
+use std::sync::OnceLock;
 
 use kvlathe_codec::{Element, best_isa, product};
 
+use super::Call;
 use super::head::{Head, Place};
 use super::partial::Partial;
 use super::visibility::Sight;
-use super::workspace::{BUFFERS, Workspace};
+use super::workspace::{BUFFERS, Workspace, with_workspace};
 use crate::error::Result;
+use crate::threads::for_each_task;
 
+/// Parts of queries that each thread should have to choose from, for balance.
+const PARTS_PER_THREAD: usize = 4;
+/// Queries of a part: enough to make decoding cheap, few enough for the second-level cache.
+const MIN_PART_QUERIES: usize = 256;
+const MAX_PART_QUERIES: usize = 2048;
 /// From this many queries of one KV head on (a group's queries count each), decoding tiles is faster.
 pub(super) const MIN_QUERIES: usize = 40;
 /// Tokens of a tile: its keys and values, 64 components of float32 each, fill a quarter of a usual second-level cache.
 const TILE_TOKENS: usize = 256;
 /// Queries that go through a tile together: their scores stay in the first-level cache.
 const TOGETHER: usize = 24;
+
+/// As [`crate::LayerCache::attend`].
+pub(super) fn attend<E: Element>(call: &Call<'_, E>, out: &mut [E], n_threads: usize) -> Result<()> {
+    let (n_heads, n) = (call.n_heads(), call.n_rows());
+    let wanted = (n * n_heads).div_ceil(PARTS_PER_THREAD * n_threads);
+    // Equal parts, none a small rest.
+    let len = n.div_ceil(n.div_ceil(wanted.clamp(MIN_PART_QUERIES, MAX_PART_QUERIES)));
+    let parts: Vec<Range<usize>> = (0..n).step_by(len).map(|first| first..n.min(first + len)).collect();
+    let mut partials: Vec<OnceLock<Result<Partial>>> =
+        (0..n_heads * parts.len()).map(|_| OnceLock::new()).collect();
+    for_each_task(n_threads, partials.len(), &|task| {
+        let (head, rows) = (call.head(task / parts.len()), &parts[task % parts.len()]);
+        partials[task].get_or_init(|| with_workspace(|workspace| head.dense(rows.clone(), workspace)));
+    });
+    for (at, of_head) in partials.chunks_exact_mut(parts.len()).enumerate() {
+        for (rows, partial) in parts.iter().zip(of_head) {
+            call.write(at, rows.start, &mut partial.take().expect("every task has run")?, out)?;
+        }
+    }
+    Ok(())
+}
 
 /// A place whose width is whole vectors.
 fn padded(first: usize, n_tokens: usize) -> Place {
@@ -29,7 +58,8 @@ fn padded(first: usize, n_tokens: usize) -> Place {
 impl<E: Element> Head<'_, E> {
     /// Queries `rows` over all tokens.
     pub(super) fn dense(&self, rows: Range<usize>, workspace: &mut Workspace) -> Result<Partial> {
-        let mut partial = Partial::new(self.values.head_dim(), rows.len())?;
+        let mut partial = Partial::default();
+        partial.clear(self.values.head_dim(), rows.len())?;
         for (keys, values, first) in self.exact_runs() {
             let (key_dim, value_dim) = (self.keys.head_dim(), self.values.head_dim());
             let n_tokens = keys.len() / key_dim;

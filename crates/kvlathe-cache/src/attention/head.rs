@@ -1,10 +1,9 @@
 //! One KV head's attention over a part of the tokens: packed blocks, or the exact ones.
 
 use std::ops::Range;
-use std::sync::OnceLock;
 
 use kvlathe_codec::{
-    CoefficientSums, Element, MAX_TOKENS_AT_ONCE, Queries, RotationWalk, StreamSet, StreamTables, best_isa,
+    BLOCK_LENS, Element, MAX_TOKENS_AT_ONCE, Queries, RotationWalk, StreamSet, StreamTables, best_isa,
     product, row_products, weigh,
 };
 
@@ -18,6 +17,9 @@ use crate::side::SideRow;
 /// Exact tokens that are multiplied together: their keys and values stay in the second-level cache.
 const TILE_TOKENS: usize = 256;
 
+/// Packed blocks that are multiplied together, at most: the shortest are the most.
+const MAX_BLOCKS: usize = MAX_TOKENS_AT_ONCE / BLOCK_LENS[0];
+
 /// A tile's place among the tokens.
 #[derive(Clone, Copy)]
 pub(super) struct Place {
@@ -28,25 +30,11 @@ pub(super) struct Place {
 }
 
 /// Packed blocks that follow one another, the same of all heads.
+#[derive(Default)]
 pub(super) struct BlockRun {
-    blocks: Range<usize>,
-    /// At the first block, left by whichever head comes first: its sines take as long as scoring a block.
-    walk: OnceLock<Option<RotationWalk>>,
-}
-
-impl BlockRun {
-    pub(super) fn new(blocks: Range<usize>) -> Self {
-        Self { blocks, walk: OnceLock::new() }
-    }
-}
-
-/// What another thread has left, or makes it. Two may make it at once: a thread that waited for the other would go to
-/// sleep, and waking takes longer.
-fn shared<T>(slot: &OnceLock<T>, make: impl FnOnce() -> Result<T>) -> Result<&T> {
-    if slot.get().is_none() {
-        let _ = slot.set(make()?);
-    }
-    Ok(slot.get().expect("set above, by this thread or another"))
+    pub(super) blocks: Range<usize>,
+    /// At the first block: its sines take as long as scoring a block.
+    pub(super) walk: Option<RotationWalk>,
 }
 
 /// The work of one KV head of one sequence.
@@ -58,8 +46,6 @@ pub(super) struct Head<'a, E> {
     pub(super) head: usize,
     /// `[n, key_dim]` times the attention's scaling, `n` = group · queries, a query head's queries one after another.
     pub(super) queries: &'a [f32],
-    /// The same made ready for packed keys, left by whoever needs it first.
-    pub(super) prepared: OnceLock<Queries>,
     pub(super) visibility: Visibility<'a>,
     pub(super) options: AttentionOptions<'a>,
 }
@@ -83,43 +69,45 @@ impl<E: Element> Head<'_, E> {
         }
     }
 
-    /// Packed blocks, a tile after another.
-    pub(super) fn blocks(&self, run: &BlockRun, workspace: &mut Workspace) -> Result<Partial> {
-        let Workspace { scratch, scores, sums: TileSums { rescale, .. }, .. } = workspace;
+    /// Packed blocks, a tile after another. `queries` are the head's, made ready for packed keys.
+    pub(super) fn blocks(
+        &self,
+        run: &BlockRun,
+        queries: &Queries,
+        partial: &mut Partial,
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let Workspace { scratch, scores, sums: TileSums { rescale, .. }, walk, .. } = workspace;
         let (n, block_len, isa) = (self.n(), self.keys.block_len(), best_isa());
         let (keys, values) = (self.key_stream(), self.value_stream());
-        let mut partial = Partial::new(values.head_dim(), n)?;
-        let mut sums = CoefficientSums::new(values, n);
+        partial.clear(values.head_dim(), n)?;
+        let (sums, max, sum) = partial.packed(values)?;
         rescale.resize(n, BUFFERS)?;
-        let queries = shared(&self.prepared, || Ok(Queries::new(keys, self.queries)?))?;
+        walk.clone_from(&run.walk);
 
-        let [key_blocks, value_blocks] =
-            [(self.key, self.keys), (self.value, self.values)].map(|(row, set)| {
-                let head_range = set.head_range(self.head);
-                run.blocks.clone().map(|at| &row.block(at)[head_range.clone()]).collect::<Vec<&[u8]>>()
-            });
-        let mut first = self.key.n_sinks_held() + run.blocks.start * block_len;
-        let (middle, step) = ((first + block_len / 2) as i64, block_len as i64);
-        let mut walk =
-            shared(&run.walk, || Ok(self.keys.rope().map(|rope| rope.walk_back(middle, step))))?.clone();
+        let (key_range, value_range) = (self.keys.head_range(self.head), self.values.head_range(self.head));
         let blocks_of_tile = MAX_TOKENS_AT_ONCE / block_len;
-        for (key_blocks, value_blocks) in
-            key_blocks.chunks(blocks_of_tile).zip(value_blocks.chunks(blocks_of_tile))
-        {
+        let (mut key_blocks, mut value_blocks) = ([&[][..]; MAX_BLOCKS], [&[][..]; MAX_BLOCKS]);
+        for start in run.blocks.clone().step_by(blocks_of_tile) {
+            let tile = start..run.blocks.end.min(start + blocks_of_tile);
+            let (key_blocks, value_blocks) = (&mut key_blocks[..tile.len()], &mut value_blocks[..tile.len()]);
+            for (i, at) in tile.enumerate() {
+                key_blocks[i] = &self.key.block(at)[key_range.clone()];
+                value_blocks[i] = &self.value.block(at)[value_range.clone()];
+            }
+            let first = self.key.n_sinks_held() + start * block_len;
             let n_tokens = key_blocks.len() * block_len;
             scores.resize(n * n_tokens, BUFFERS)?;
             keys.score_blocks(isa, key_blocks, walk.as_mut(), queries, value_blocks, scores, scratch)?;
             self.cap(scores);
             self.visibility.hide(scores, (n_tokens, n_tokens), first, 0..n);
-            weigh(isa, scores, n_tokens, &mut partial.max, &mut partial.sum, rescale);
+            weigh(isa, scores, n_tokens, max, sum, rescale);
             for (query, factor) in rescale.iter().enumerate().filter(|(_, factor)| **factor != 1.0) {
                 sums.scale(query, *factor);
             }
-            values.accumulate_blocks(isa, value_blocks, scores, &mut sums, scratch)?;
-            first += n_tokens;
+            values.accumulate_blocks(isa, value_blocks, scores, sums, scratch)?;
         }
-        partial.coefficients = Some(sums);
-        Ok(partial)
+        Ok(())
     }
 
     /// Sinks and tail, each with the place of its first token.
@@ -132,18 +120,18 @@ impl<E: Element> Head<'_, E> {
     }
 
     /// Sinks and tail.
-    pub(super) fn exact(&self, workspace: &mut Workspace) -> Result<Partial> {
+    pub(super) fn exact(&self, partial: &mut Partial, workspace: &mut Workspace) -> Result<()> {
         let (key_dim, value_dim) = (self.keys.head_dim(), self.values.head_dim());
-        let mut partial = Partial::new(value_dim, self.n())?;
+        partial.clear(value_dim, self.n())?;
         for (keys, values, mut first) in self.exact_runs() {
             for (keys, values) in
                 keys.chunks(TILE_TOKENS * key_dim).zip(values.chunks(TILE_TOKENS * value_dim))
             {
-                self.exact_tile(keys, values, first, &mut partial, workspace)?;
+                self.exact_tile(keys, values, first, partial, workspace)?;
                 first += TILE_TOKENS;
             }
         }
-        Ok(partial)
+        Ok(())
     }
 
     /// Up to [`TILE_TOKENS`] exact tokens, `[tokens, dim]`.

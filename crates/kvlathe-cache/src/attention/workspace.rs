@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use kvlathe_codec::{Lines, Scratch};
+use kvlathe_codec::{Lines, RotationWalk, Scratch};
 
 /// What the buffers are called when there is no memory for them.
 pub(super) const BUFFERS: &str = "attention's buffers";
@@ -19,6 +19,8 @@ pub(super) struct TileSums {
 #[derive(Default)]
 pub(super) struct Workspace {
     pub(super) scratch: Scratch,
+    /// From block to block of one part.
+    pub(super) walk: Option<RotationWalk>,
     /// `[queries, tokens]` of one part.
     pub(super) scores: Lines<f32>,
     /// Exact keys or values that are not float32 already.

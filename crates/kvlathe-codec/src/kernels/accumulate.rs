@@ -151,10 +151,15 @@ fn quantise<V: Floats<N>, const N: usize>(weights: &[f32], scales: &[f32], integ
 
 /// As [`StreamTables::finish_sums`].
 #[inline(always)]
-pub(super) fn finish<M: Multiply>(tables: &StreamTables, sums: &CoefficientSums, out: &mut [f32]) {
+pub(super) fn finish<M: Multiply>(
+    tables: &StreamTables,
+    sums: &CoefficientSums,
+    out: &mut [f32],
+    scratch: &mut Scratch,
+) {
     let (d, n_padded) = (tables.head_dim, tables.n_padded());
-    let mut vectors = vec![0.0; sums.n_queries() * n_padded];
-    M::multiply(&sums.sums, tables.synthesis_rows(), &mut vectors, (d, n_padded));
+    let vectors = &mut scratch.vectors[..sums.n_queries() * n_padded];
+    M::multiply(&sums.sums, tables.synthesis_rows(), vectors, (d, n_padded));
     for (q, vector) in vectors.chunks_exact(n_padded).enumerate() {
         let (out, mean_weight) = (&mut out[q * d..(q + 1) * d], sums.mean_weights[q]);
         for j in 0..d {

@@ -96,6 +96,8 @@ pub struct Scratch {
     pub(crate) level_dots: Lines<i32>,
     /// Codes of a few coefficients over many tokens.
     pub(crate) row_codes: Lines<u8>,
+    /// `[n_queries, n_padded]`: vectors of sums of coefficients, but for the mean.
+    pub(crate) vectors: Lines<f32>,
 }
 
 /// Adding 1.5·2²³ rounds a value below 2²² to an integer and leaves it in the low bits of the mantissa.
@@ -138,6 +140,11 @@ impl Scratch {
         fit(&mut self.mean_parts, 2 * n_queries * query_tables.mean.width)?;
         fit(&mut self.gains, n)?;
         fit(&mut self.scales, n)
+    }
+
+    /// Sizes the buffer for turning sums into vectors.
+    pub(crate) fn fit_vectors(&mut self, tables: &StreamTables, n_queries: usize) -> Result<()> {
+        fit(&mut self.vectors, n_queries * tables.n_padded())
     }
 
     /// Sizes the buffers for accumulating.
@@ -246,7 +253,12 @@ for_each_isa!(
 );
 for_each_isa!(
     /// Turns sums of coefficients into vectors.
-    finish, accumulate::finish, (tables: &StreamTables, sums: &CoefficientSums, out: &mut [f32])
+    finish, accumulate::finish, (
+        tables: &StreamTables,
+        sums: &CoefficientSums,
+        out: &mut [f32],
+        scratch: &mut Scratch
+    )
 );
 for_each_isa!(
     /// out[m, n] = a[m, k] · x[k, n], all row-major f32; `shape` is (k, n), n a multiple of eight.
