@@ -124,7 +124,7 @@ def _attention_name(config: Any) -> str | None:
 
 def _announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before an attention module runs: tell its cache layer that stubs will do."""
-    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    cache = kwargs["past_key_values"] if "past_key_values" in kwargs else kwargs.get("layer_past")
     if isinstance(cache, CompressedDynamicCache):
         layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
         layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
@@ -134,7 +134,7 @@ def _announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         if ours and isinstance(layer, CompressedLayer) and not layer.is_sliding:
             layer.attends_next = True
             mask = kwargs.get("attention_mask")
-            first = not layer.get_seq_length() and isinstance(mask, Tensor) and mask.dtype == torch.bool
+            first = isinstance(mask, Tensor) and mask.dtype == torch.bool and not layer.get_seq_length()
             # Of a mask [B, 1, T, T]: real tokens see themselves. Without padding there may be none.
             if first and mask.shape[2] == mask.shape[3]:  # type: ignore[union-attr]
                 layer.padding_seen = PaddedRows.of(mask[:, 0].diagonal(dim1=1, dim2=2))  # type: ignore[index]

@@ -1,4 +1,5 @@
-//! Does encoding keep up with prefill? Tokens a second through all layers of SmolLM2-135M: append, encode, pack.
+//! Does encoding keep up with prefill? Tokens a second through all layers of SmolLM2-135M: append, encode, pack. And what
+//! attention of a chunk takes, a layer behind a number of tokens.
 //!
 //! ```text
 //! cargo bench -p kvlathe --bench prefill
@@ -9,7 +10,7 @@
 mod shipped;
 
 use divan::counter::ItemsCount;
-use kvlathe::cache::with_threads;
+use kvlathe::cache::{AttentionOptions, TensorView, with_threads};
 use shipped::{CHUNK, Shipped};
 
 const N_CHUNKS: usize = 4;
@@ -33,4 +34,26 @@ fn smollm2(bencher: divan::Bencher<'_, '_>, n_threads: usize) {
     bencher
         .counter(ItemsCount::new(CHUNK * N_CHUNKS))
         .bench(|| with_threads(n_threads, || prefill(&shipped, &chunk)).expect("threads"));
+}
+
+/// Query heads that share a KV head.
+const GROUP: usize = 3;
+
+#[divan::bench(args = [1, 2], consts = [2048, 8192], sample_count = 20)]
+fn attend<const N_TOKENS: usize>(bencher: divan::Bencher<'_, '_>, n_threads: usize) {
+    let shipped = Shipped::read();
+    let mut layer = shipped.layer(&shipped.codings[shipped.codings.len() / 2]);
+    for _ in 0..N_TOKENS / CHUNK {
+        shipped.append(&mut layer, &shipped.activations(shipped.heads, CHUNK));
+    }
+    let query_heads = shipped.heads * GROUP;
+    let queries: Vec<f32> = shipped.activations(query_heads, CHUNK);
+    let options =
+        AttentionOptions { scaling: (shipped.head_dim as f32).sqrt().recip(), ..Default::default() };
+    let mut out = vec![0.0; queries.len()];
+    bencher.counter(ItemsCount::new(CHUNK)).bench_local(|| {
+        let shape = [1, query_heads, CHUNK, shipped.head_dim];
+        let view = TensorView::contiguous(&queries, shape).expect("whole queries");
+        layer.attend(view, options, &mut out, n_threads).expect("a fitting shape");
+    });
 }

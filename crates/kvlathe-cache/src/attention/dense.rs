@@ -18,7 +18,7 @@ use crate::error::Result;
 use crate::threads::for_each_task;
 
 /// Parts of queries that each thread should have to choose from, for balance.
-const PARTS_PER_THREAD: usize = 4;
+const PARTS_PER_THREAD: usize = 2;
 /// Queries of a part: enough to make decoding cheap, few enough for the second-level cache.
 const MIN_PART_QUERIES: usize = 256;
 const MAX_PART_QUERIES: usize = 2048;

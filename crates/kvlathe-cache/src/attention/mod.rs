@@ -11,6 +11,7 @@ mod visibility;
 mod workspace;
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use kvlathe_codec::{Element, Lines, StreamSet};
 
@@ -19,7 +20,7 @@ use crate::layer::LayerCache;
 use crate::view::TensorView;
 use head::Head;
 use partial::Partial;
-use visibility::Visibility;
+use visibility::{Visibility, spans};
 use workspace::with_workspace;
 
 /// Multiply-adds that one thread does in the time it takes to wake another.
@@ -86,6 +87,8 @@ struct Call<'a, E> {
     query_heads: usize,
     n_queries: usize,
     options: AttentionOptions<'a>,
+    /// Of the mask's rows, `[1 or batch, n_queries]`, where there are queries enough to look at it in advance.
+    spans: Option<&'a [Range<usize>]>,
 }
 
 impl<E: Element> Call<'_, E> {
@@ -112,7 +115,9 @@ impl<E: Element> Call<'_, E> {
         let mask =
             self.options.mask.map(|m| if m.len() == per_row { m } else { &m[row * per_row..][..per_row] });
         let (key, value) = self.layer.sides(row);
-        let visibility = Visibility { mask, n_queries, n_tokens };
+        let spans =
+            self.spans.map(|s| if s.len() == n_queries { s } else { &s[row * n_queries..][..n_queries] });
+        let visibility = Visibility { mask, spans, n_queries, n_tokens };
         let (keys, values, queries) = (self.keys, self.values, self.queries_of(at));
         Head { key, value, keys, values, head, queries, visibility, options: self.options }
     }
@@ -173,22 +178,24 @@ impl<E: Element> LayerCache<E> {
         let work = batch * query_heads * n_queries * self.n_tokens() * (dim + values.head_dim());
         let n_threads = if work < WORTH_WAKING { 1 } else { n_threads.max(1) };
         let n_rows = query_heads / self.n_heads() * n_queries;
+        let many = n_rows >= dense::MIN_QUERIES;
+        let spans = options.mask.filter(|_| many).and_then(|mask| spans(mask, self.n_tokens()));
         let mut attend_with = |buffers: &mut Buffers| {
             let Buffers { queries: wide, packed } = buffers;
             widen(&queries, options.scaling, wide)?;
-            let call =
-                Call { layer: self, keys, values, queries: wide, batch, query_heads, n_queries, options };
-            if n_rows < dense::MIN_QUERIES {
-                packed::attend(&call, packed, out, n_threads)
-            } else {
+            let (layer, queries, spans) = (self, &**wide, spans.as_deref());
+            let call = Call { layer, keys, values, queries, batch, query_heads, n_queries, options, spans };
+            if many {
                 dense::attend(&call, out, n_threads)
+            } else {
+                packed::attend(&call, packed, out, n_threads)
             }
         };
-        if n_rows < dense::MIN_QUERIES {
+        if many {
+            attend_with(&mut Buffers::default())
+        } else {
             // What a step of decoding needs is there when the next one comes.
             KEPT.with_borrow_mut(attend_with)
-        } else {
-            attend_with(&mut Buffers::default())
         }
     }
 

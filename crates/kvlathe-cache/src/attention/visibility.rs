@@ -2,11 +2,27 @@
 
 use std::ops::Range;
 
+/// The run of tokens that each row of a mask `[rows, n_tokens]` shows, if none shows several: masks of causal attention,
+/// of padding and of windows do not. To look at a mask once is cheaper than for each tile of each head.
+pub(super) fn spans(mask: &[u8], n_tokens: usize) -> Option<Vec<Range<usize>>> {
+    let of_row = |row: &[u8]| {
+        let n_seen: usize = row.iter().map(|&seen| usize::from(seen != 0)).sum();
+        let Some(first) = row.iter().position(|&seen| seen != 0) else {
+            return Some(0..0);
+        };
+        let end = row.iter().rposition(|&seen| seen != 0).map_or(first, |last| last + 1);
+        (n_seen == end - first).then_some(first..end)
+    };
+    mask.chunks_exact(n_tokens).map(of_row).collect()
+}
+
 /// Where the queries of one sequence may look.
 #[derive(Clone, Copy)]
 pub(super) struct Visibility<'a> {
     /// `[n_queries, n_tokens]`, nonzero = seen; without it attention is causal, the last query at the last token.
     pub(super) mask: Option<&'a [u8]>,
+    /// `[n_queries]`: the mask's [`spans`], where they were made and it has them.
+    pub(super) spans: Option<&'a [Range<usize>]>,
     pub(super) n_queries: usize,
     pub(super) n_tokens: usize,
 }
@@ -42,6 +58,19 @@ impl Visibility<'_> {
                 () => Sight::Some,
             };
         };
+        if let Some(spans) = self.spans {
+            let (mut all, mut any) = (true, false);
+            for row in rows.start..rows.end.min(rows.start + self.n_queries) {
+                let span = &spans[row % self.n_queries];
+                all &= span.start <= tokens.start && tokens.end <= span.end;
+                any |= span.start < tokens.end && tokens.start < span.end;
+            }
+            return match (all, any) {
+                (true, _) => Sight::All,
+                (_, true) => Sight::Some,
+                _ => Sight::None,
+            };
+        }
         // Folds without an early end, for the vectoriser.
         let (mut all, mut any) = (u8::MAX, 0);
         for row in rows.start..rows.end.min(rows.start + self.n_queries) {
@@ -76,6 +105,40 @@ impl Visibility<'_> {
             for (t, score) in scores[..valid].iter_mut().enumerate() {
                 if !self.sees(query, first + t) {
                     *score = f32::NEG_INFINITY;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Sight, Visibility, spans};
+
+    #[test]
+    fn spans_say_what_the_mask_says() {
+        let (n_queries, n_tokens) = (3, 6);
+        let causal_behind_padding = [0, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0];
+        let found = spans(&causal_behind_padding, n_tokens).expect("one run each");
+        assert_eq!(found, [1..4, 1..5, 0..0]);
+        assert!(spans(&[1, 0, 1], 3).is_none(), "two runs");
+
+        let mask = Some(&causal_behind_padding[..]);
+        let plain = Visibility { mask, spans: None, n_queries, n_tokens };
+        let quick = Visibility { spans: Some(&found), ..plain };
+        let name = |sight| match sight {
+            Sight::All => "all",
+            Sight::Some => "some",
+            Sight::None => "none",
+        };
+        // Two query heads' rows.
+        for first in 0..2 * n_queries {
+            for end in first + 1..=2 * n_queries {
+                for start in 0..n_tokens {
+                    for stop in start + 1..=n_tokens {
+                        let of = |which: &Visibility<'_>| name(which.sight(first..end, start..stop));
+                        assert_eq!(of(&plain), of(&quick), "rows {first}..{end}, tokens {start}..{stop}");
+                    }
                 }
             }
         }
