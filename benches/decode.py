@@ -141,7 +141,11 @@ def draw(results: dict[str, dict[int, float]], title: str, path: Path) -> None:
         xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="ms a decoded token", title=title
     )
     ticks = sorted({n for by_context in results.values() for n in by_context})
-    axes.set_xticks(ticks, [f"{n // 1000}K" if n >= 1000 else str(n) for n in ticks])
+    axes.set_xticks(ticks, [f"{n // 1024}K" if n >= 1024 else str(n) for n in ticks])
+    times = [ms for by_context in results.values() for ms in by_context.values()]
+    round_times = [digit * power for power in (1, 10, 100, 1000) for digit in (1, 2, 3, 5)]
+    axes.set_yticks([ms for ms in round_times if 0.9 * min(times) <= ms <= 1.1 * max(times)])
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
