@@ -49,12 +49,13 @@ def weighted_progress(items: Sequence[T], weights: Sequence[float], what: str, u
 @contextmanager
 def loading_bars_on_terminals_only() -> Iterator[None]:
     """transformers draws bars while it loads a model; not where stderr is not a terminal."""
-    from transformers import modeling_gguf_pytorch_utils as gguf_reader
     from transformers.utils import logging
 
     if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
         yield
         return
+    from transformers import modeling_gguf_pytorch_utils as gguf_reader
+
     logging.disable_progress_bar()
     # The bar over the tensors of a GGUF file does not ask whether bars are wanted.
     bar: Any = getattr(gguf_reader, "tqdm", None)

@@ -21,7 +21,7 @@ impl Block {
         isa: Isa,
         scratch: &mut Scratch,
     ) -> Result<Arc<Self>> {
-        let n_lines = set.block_bytes().div_ceil(64);
+        let n_lines = set.block_bytes().div_ceil(size_of::<Line>());
         let mut lines = memory::filled(n_lines, Line::zeroed(), "a packed block")?.into_boxed_slice();
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut lines);
         let frame = set.frame(position);

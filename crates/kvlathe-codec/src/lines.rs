@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::memory;
 
 /// Bytes of a cache line, and of the widest vector.
-const LINE_BYTES: usize = 64;
+pub(crate) const LINE_BYTES: usize = 64;
 
 /// A cache line.
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]

@@ -143,15 +143,14 @@ impl Rope {
     /// Begins at R(−`position`); each [`RotationWalk::advance`] adds `step` to the position.
     #[must_use]
     pub fn walk_back(&self, position: i64, step: i64) -> RotationWalk {
-        let (sin, cos): (Vec<f64>, Vec<f64>) = self.angles(-position).map(f64::sin_cos).unzip();
-        let (step_sin, step_cos) = self.angles(-step).map(f64::sin_cos).unzip();
-        let current = Rotation {
-            cos: cos.iter().map(|c| *c as f32).collect(),
-            sin: sin.iter().map(|s| *s as f32).collect(),
-            n_pairs: self.inv_freq.len(),
-            pairing: self.pairing,
-        };
-        RotationWalk { cos, sin, step_cos, step_sin, current }
+        let (step_sin, step_cos): (Vec<f64>, Vec<f64>) = self.angles(-step).map(f64::sin_cos).unzip();
+        let n = step_cos.len();
+        let (cos, sin) = (vec![0.0; n], vec![0.0; n]);
+        let (n_pairs, pairing) = (self.inv_freq.len(), self.pairing);
+        let current = Rotation { cos: vec![0.0; n], sin: vec![0.0; n], n_pairs, pairing };
+        let mut walk = RotationWalk { cos, sin, step_cos, step_sin, current };
+        walk.jump(self, position);
+        walk
     }
 }
 

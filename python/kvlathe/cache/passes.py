@@ -142,7 +142,7 @@ class Passes:
             raise CacheStateError(f"{doing} while another thread works on the same cache; {_ADVICE}")
         try:
             self._refuse_others(doing)
-        except CacheStateError:
+        except BaseException:  # an interrupt, too
             self.leave()
             raise
         return True

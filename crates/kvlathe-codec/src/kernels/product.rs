@@ -5,6 +5,7 @@ use half::bf16;
 use super::floats::Floats;
 use super::lanes::groups;
 use super::multiply::Multiply;
+use crate::element::Element;
 
 /// out[m, n] = a[m, k] · x[k, n]; panics unless the lengths fit (n a multiple of eight).
 #[inline(always)]
@@ -18,12 +19,12 @@ pub(super) fn row_products<M: Multiply>(a: &[f32], b: &[f32], out: &mut [f32], s
     M::dot(a, b, out, shape);
 }
 
-/// Widens numbers in bfloat16, which are the upper halves of those in float32.
+/// Widens numbers in bfloat16.
 #[inline(always)]
 pub(super) fn widen_bf16<M: Multiply>(from: &[bf16], to: &mut [f32]) {
     let from = &from[..to.len()];
     for i in 0..to.len() {
-        to[i] = f32::from_bits(u32::from(from[i].to_bits()) << 16);
+        to[i] = Element::to_f32(from[i]);
     }
 }
 

@@ -15,8 +15,6 @@ use crate::rope::RotationWalk;
 
 /// Blocks from a prefetch to the use of it.
 const PREFETCH_AHEAD: usize = 2;
-#[cfg(target_arch = "x86_64")]
-const CACHE_LINE_BYTES: usize = 64;
 
 /// As [`StreamTables::score_blocks`].
 #[inline(always)]
@@ -120,7 +118,7 @@ fn finish_scores<V: Floats<N>, const N: usize>(
 #[inline(always)]
 fn prefetch(bytes: &[u8]) {
     #[cfg(target_arch = "x86_64")]
-    for at in (0..bytes.len()).step_by(CACHE_LINE_BYTES) {
+    for at in (0..bytes.len()).step_by(crate::lines::LINE_BYTES) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: the address lies within `bytes`; prefetching has no effect but on caches.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().add(at).cast()) };
