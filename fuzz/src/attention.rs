@@ -39,8 +39,10 @@ pub(crate) fn run(bytes: &[u8]) {
         cache
     };
     let packed = cache(policy, &keys, &values);
-    crate::inline(|| packed.read_keys(&mut keys, n).and_then(|()| packed.read_values(&mut values, n)))
-        .expect("it fits");
+    crate::inline(|| {
+        packed.read_keys(0..n, &mut keys, n).and_then(|()| packed.read_values(0..n, &mut values, n))
+    })
+    .expect("it fits");
     let never = Policy { compress_start_len: usize::MAX, ..policy };
     let exact = cache(never, &keys, &values);
 

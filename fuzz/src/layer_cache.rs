@@ -1,6 +1,7 @@
 //! A layer's cache as a state machine, against a plain model of itself: lists of tokens, of which the coded ones have been
 //! through the codec. Both must hold the same bits after every step.
 
+use std::ops::Range;
 use std::sync::{Arc, LazyLock};
 
 use half::{bf16, f16};
@@ -252,13 +253,29 @@ impl<E: Element> Pair<E> {
         );
         let room = n + more_room;
         for (at, side) in self.sides.iter().enumerate() {
-            let mut got = vec![E::from_f32(7.0); batch * HEADS * room * DIM];
-            let read = if at == 0 {
-                self.cache.read_keys(&mut got, room)
-            } else {
-                self.cache.read_values(&mut got, room)
+            let read = |tokens: Range<usize>, room: usize| {
+                let mut got = vec![E::from_f32(7.0); batch * HEADS * room * DIM];
+                let read = if at == 0 {
+                    self.cache.read_keys(tokens, &mut got, room)
+                } else {
+                    self.cache.read_values(tokens, &mut got, room)
+                };
+                read.expect("there is room");
+                got
             };
-            read.expect("there is room");
+            let got = read(0..n, room);
+            // Blocks and exact runs cut anywhere.
+            let some = n / 3..n - n / 5;
+            let part = read(some.clone(), some.len());
+            for (part, all) in
+                part.chunks_exact((some.len() * DIM).max(1)).zip(got.chunks_exact((room * DIM).max(1)))
+            {
+                let same = |(a, b): (&E, &E)| a.to_f32().to_bits() == b.to_f32().to_bits();
+                assert!(
+                    part.iter().zip(&all[some.start * DIM..]).all(same),
+                    "side {at}, tokens {some:?} of {n}"
+                );
+            }
             for (head, got) in got.chunks_exact((room * DIM).max(1)).enumerate() {
                 let expected = side.rows[head / HEADS].iter().map(|token| token[head % HEADS]);
                 for (token, (got, expected)) in got.chunks_exact(DIM).zip(expected).enumerate() {

@@ -77,6 +77,27 @@ fn read<E: Element>(
     done.ok_or_else(poisoned)?.map_err(to_python)
 }
 
+/// As [`read`], of a layer that holds `n_tokens`; somebody else has changed it since the caller looked, if it does not.
+fn read_of<E: Element>(
+    py: Python<'_>,
+    layer: &RwLock<LayerCache<E>>,
+    n_tokens: usize,
+    work: impl FnOnce(&LayerCache<E>) -> Result<(), CacheError> + Send,
+) -> PyResult<()> {
+    let mut held = n_tokens;
+    read(py, layer, |layer| {
+        held = layer.n_tokens();
+        if held == n_tokens { work(layer) } else { Ok(()) }
+    })?;
+    if held == n_tokens {
+        return Ok(());
+    }
+    let message = format!(
+        "this layer holds {held} tokens, {n_tokens} when the call began: another thread uses the same cache; give each thread a cache of its own"
+    );
+    Err(exception("CacheStateError", message))
+}
+
 /// Changes a layer without the GIL.
 fn change<E: Element>(
     py: Python<'_>,
@@ -188,22 +209,28 @@ impl NativeLayer {
         })
     }
 
-    /// Writes all tokens to the front of two contiguous tensors `[batch, heads, ≥ n_tokens, head_dim]`.
+    /// Writes the tokens from `first` on, to the `end`-th, to the front of two contiguous tensors
+    /// `[batch, heads, ≥ end − first, head_dim]`. Refuses to, if the layer does not hold `n_tokens`.
+    #[pyo3(signature = (keys, values, *, tokens, n_tokens, n_threads))]
     fn read(
         &self,
         py: Python<'_>,
         keys: &Bound<'_, PyAny>,
         values: &Bound<'_, PyAny>,
+        tokens: (usize, usize),
+        n_tokens: usize,
         n_threads: usize,
     ) -> PyResult<()> {
         let (keys, values) = (self.tensor(keys, "keys")?, self.tensor(values, "values")?);
         let (key_tokens, value_tokens) = (keys.shape[2], values.shape[2]);
+        let tokens = tokens.0..tokens.1;
         with_layer!(&self.layer, layer, E => {
             // SAFETY: as in `append`; the caller made both tensors for this call, nothing else refers to them yet.
             let (keys, values) = unsafe { (keys.slice_mut::<E>("keys")?, values.slice_mut::<E>("values")?) };
-            read(py, layer, |layer| {
+            read_of(py, layer, n_tokens, |layer| {
                 with_threads(n_threads, || {
-                    layer.read_keys(keys, key_tokens).and_then(|()| layer.read_values(values, value_tokens))
+                    layer.read_keys(tokens.clone(), keys, key_tokens)?;
+                    layer.read_values(tokens, values, value_tokens)
                 })?
             })
         })
@@ -247,18 +274,7 @@ impl NativeLayer {
         with_layer!(&self.layer, layer, E => {
             // SAFETY: as in `append` and `read`.
             let (queries, out) = unsafe { (queries.view::<E>()?, out.slice_mut::<E>("the attention output")?) };
-            let mut held = n_tokens;
-            read(py, layer, |layer| {
-                held = layer.n_tokens();
-                if held == n_tokens { layer.attend(queries, options, out, n_threads) } else { Ok(()) }
-            })?;
-            if held == n_tokens {
-                return Ok(());
-            }
-            let message = format!(
-                "this layer holds {held} tokens, {n_tokens} when the attention call began: another thread uses the same cache; give each thread a cache of its own"
-            );
-            Err(exception("CacheStateError", message))
+            read_of(py, layer, n_tokens, |layer| layer.attend(queries, options, out, n_threads))
         })
     }
 

@@ -1,5 +1,7 @@
 //! Tokens kept bit for bit in the model's number format: sinks, tail, and whole sides that are not compressed.
 
+use std::ops::Range;
+
 use kvlathe_codec::{Element, Tokens, memory};
 
 use crate::error::Result;
@@ -38,6 +40,14 @@ impl<E: Element> ExactRun<E> {
         &self.heads[head]
     }
 
+    /// Copies some of one head's vectors to the front of `out`; gives back the rest of it.
+    pub(crate) fn read<'a>(&self, head: usize, tokens: Range<usize>, out: &'a mut [E]) -> &'a mut [E] {
+        let vectors = &self.heads[head][tokens.start * self.head_dim..tokens.end * self.head_dim];
+        let (front, rest) = out.split_at_mut(vectors.len());
+        front.copy_from_slice(vectors);
+        rest
+    }
+
     /// One head's vectors from `token` on, for the encoder.
     pub(crate) fn tokens_from(&self, head: usize, token: usize) -> Tokens<'_, E> {
         Tokens { data: &self.heads[head][token * self.head_dim..], token_stride: self.head_dim }
@@ -56,7 +66,7 @@ impl<E: Element> ExactRun<E> {
     }
 
     /// Appends tokens `range` of one row of a tensor, for which there is room.
-    pub(crate) fn append(&mut self, view: &TensorView<'_, E>, row: usize, range: std::ops::Range<usize>) {
+    pub(crate) fn append(&mut self, view: &TensorView<'_, E>, row: usize, range: Range<usize>) {
         for (head, run) in self.heads.iter_mut().enumerate() {
             for token in range.clone() {
                 run.extend_from_slice(view.token(row, head, token));

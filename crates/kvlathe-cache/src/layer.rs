@@ -1,6 +1,7 @@
 //! The cache of one layer.
 
 use std::collections::HashSet;
+use std::ops::Range;
 
 use kvlathe_codec::{Element, StreamSet, memory};
 use rayon::prelude::*;
@@ -243,40 +244,45 @@ impl<E: Element> LayerCache<E> {
         Ok(())
     }
 
-    /// Writes all keys to the first tokens of `out`, `[batch, heads, out_tokens, head_dim]` contiguous; on threads as in
-    /// [`LayerCache::compress`].
+    /// Writes the keys of some tokens to the first ones of `out`, `[batch, heads, out_tokens, head_dim]` contiguous; on
+    /// threads as in [`LayerCache::compress`].
     ///
     /// # Errors
-    /// A buffer of another size, fewer `out_tokens` than tokens held.
-    pub fn read_keys(&self, out: &mut [E], out_tokens: usize) -> Result<()> {
-        self.read(out, out_tokens, self.key_dim, |row| &row.key)
+    /// A buffer of another size, fewer `out_tokens` than tokens asked for, tokens that are not held.
+    pub fn read_keys(&self, tokens: Range<usize>, out: &mut [E], out_tokens: usize) -> Result<()> {
+        self.read(tokens, out, out_tokens, self.key_dim, |row| &row.key)
     }
 
     /// As [`LayerCache::read_keys`], for values.
     ///
     /// # Errors
     /// As [`LayerCache::read_keys`].
-    pub fn read_values(&self, out: &mut [E], out_tokens: usize) -> Result<()> {
-        self.read(out, out_tokens, self.value_dim, |row| &row.value)
+    pub fn read_values(&self, tokens: Range<usize>, out: &mut [E], out_tokens: usize) -> Result<()> {
+        self.read(tokens, out, out_tokens, self.value_dim, |row| &row.value)
     }
 
     fn read(
         &self,
+        tokens: Range<usize>,
         out: &mut [E],
         out_tokens: usize,
         dim: usize,
         side: fn(&Row<E>) -> &SideRow<E>,
     ) -> Result<()> {
+        if tokens.end > self.n_tokens {
+            let (given, expected) = (tokens.end, self.n_tokens);
+            return Err(CacheError::Shape { what: "the end of the tokens to read", given, expected });
+        }
         let expected = self.batch() * self.n_heads * out_tokens * dim;
-        if out.len() != expected || out_tokens < self.n_tokens {
+        if out.len() != expected || out_tokens < tokens.len() {
             return Err(CacheError::Buffer { what: "output", given: out.len(), expected });
         }
-        if out_tokens == 0 {
+        if tokens.is_empty() {
             return Ok(());
         }
-        out.par_chunks_mut(out_tokens * dim)
-            .enumerate()
-            .try_for_each(|(at, out)| side(&self.rows[at / self.n_heads]).read_head(at % self.n_heads, out))
+        out.par_chunks_mut(out_tokens * dim).enumerate().try_for_each(|(at, out)| {
+            side(&self.rows[at / self.n_heads]).read_head(at % self.n_heads, tokens.clone(), out)
+        })
     }
 
     /// Removes the newest `n_tokens` of every sequence.

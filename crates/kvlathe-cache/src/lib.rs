@@ -18,7 +18,7 @@
 //! cache.append(view, view)?;
 //! cache.compress()?;
 //! let mut keys = vec![0.0; x.len()];
-//! cache.read_keys(&mut keys, 3)?;
+//! cache.read_keys(0..3, &mut keys, 3)?;
 //! assert_eq!(keys, x);
 //! # Ok::<(), kvlathe_cache::CacheError>(())
 //! ```

@@ -1,6 +1,7 @@
 //! One side (keys or values) of one batch row.
 
 use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::Arc;
 
 use kvlathe_codec::gain::MAX_MAGNITUDE;
@@ -252,35 +253,28 @@ impl<E: Element> SideRow<E> {
         self.tail.drop_front(n_tokens);
     }
 
-    /// Writes head `head` of all tokens to the front of `out`, `[tokens, head_dim]`.
-    pub(crate) fn read_head(&self, head: usize, out: &mut [E]) -> Result<()> {
-        let sinks = self.sinks.head(head);
-        let (front, rest) = out.split_at_mut(sinks.len());
-        front.copy_from_slice(sinks);
-        let rest = match &self.coded {
-            None => rest,
+    /// Writes head `head` of some tokens to the front of `out`, `[tokens, head_dim]`.
+    pub(crate) fn read_head(&self, head: usize, tokens: Range<usize>, out: &mut [E]) -> Result<()> {
+        let (n_sinks, n_coded) = (self.sinks.n_tokens(), self.n_coded());
+        let tail_at = n_sinks + n_coded;
+        let out = self.sinks.read(head, part(&tokens, 0..n_sinks), out);
+        let of_coded = part(&tokens, n_sinks..tail_at);
+        let out = match &self.coded {
             Some(Coded::Blocks(set, blocks)) => {
-                let size = set.block_len() * set.head_dim();
-                let (middle, rest) = rest.split_at_mut(blocks.len() * size);
-                middle.par_chunks_mut(size).zip(blocks).enumerate().try_for_each_init(
-                    Scratch::default,
-                    |scratch, (i, (out, block))| {
-                        let position = self.sinks.n_tokens() + i * set.block_len();
-                        block.decode(set, head, position, best_isa(), out, scratch)
-                    },
-                )?;
+                let (ours, rest) = out.split_at_mut(of_coded.len() * set.head_dim());
+                read_blocks(set, blocks, head, n_sinks, of_coded, ours)?;
                 rest
             }
             Some(Coded::LowRank(coder, heads)) => {
-                let d = coder.head_dim();
-                let (middle, rest) = rest.split_at_mut(self.n_coded() * d);
-                let coded = heads[head].par_chunks_exact(coder.vector_bytes());
-                middle.par_chunks_exact_mut(d).zip(coded).for_each(|(out, bytes)| coder.decode(bytes, out));
+                let (d, bytes) = (coder.head_dim(), coder.vector_bytes());
+                let (ours, rest) = out.split_at_mut(of_coded.len() * d);
+                let coded = heads[head][of_coded.start * bytes..of_coded.end * bytes].par_chunks_exact(bytes);
+                ours.par_chunks_exact_mut(d).zip(coded).for_each(|(out, bytes)| coder.decode(bytes, out));
                 rest
             }
+            None => out,
         };
-        let tail = self.tail.head(head);
-        rest[..tail.len()].copy_from_slice(tail);
+        self.tail.read(head, part(&tokens, tail_at..tail_at + self.n_tail()), out);
         Ok(())
     }
 
@@ -341,4 +335,42 @@ impl<E: Element> SideRow<E> {
             Some(Coded::LowRank(_, heads)) => heads.iter().map(Vec::capacity).sum(),
         }
     }
+}
+
+/// What `tokens` and a run have in common, counted from the run's first token.
+fn part(tokens: &Range<usize>, run: Range<usize>) -> Range<usize> {
+    let (start, end) = (tokens.start.max(run.start), tokens.end.min(run.end));
+    if start < end { start - run.start..end - run.start } else { 0..0 }
+}
+
+/// Decodes one head of some of the tokens that `blocks` hold, the first at `position`, into `[tokens, head_dim]`.
+fn read_blocks<E: Element>(
+    set: &StreamSet,
+    blocks: &[Arc<Block>],
+    head: usize,
+    position: usize,
+    tokens: Range<usize>,
+    mut out: &mut [E],
+) -> Result<()> {
+    let (len, d) = (set.block_len(), set.head_dim());
+    let touched = tokens.start / len..tokens.end.div_ceil(len);
+    let mut pieces = memory::room(touched.len(), "pieces of blocks")?;
+    for at in touched {
+        let within = part(&tokens, at * len..(at + 1) * len);
+        let (piece, rest) = std::mem::take(&mut out).split_at_mut(within.len() * d);
+        pieces.push((at, within, piece));
+        out = rest;
+    }
+    let decode = |scratch: &mut Scratch, (at, within, piece): (usize, Range<usize>, &mut [E])| {
+        let block = &blocks[at];
+        let position = position + at * len;
+        if within.len() == len {
+            return block.decode(set, head, position, best_isa(), piece, scratch);
+        }
+        let mut whole = memory::filled(len * d, E::default(), "a decoded block")?;
+        block.decode(set, head, position, best_isa(), &mut whole, scratch)?;
+        piece.copy_from_slice(&whole[within.start * d..within.end * d]);
+        Ok(())
+    };
+    pieces.into_par_iter().try_for_each_init(Scratch::default, decode)
 }

@@ -94,8 +94,8 @@ fn largest_error<E: Element>(case: &Case) -> f64 {
     cache.attend(view, options, &mut out, 2).unwrap();
 
     let (mut k, mut v) = (keys.clone(), values.clone());
-    cache.read_keys(&mut k, n_tokens).unwrap();
-    cache.read_values(&mut v, n_tokens).unwrap();
+    cache.read_keys(0..n_tokens, &mut k, n_tokens).unwrap();
+    cache.read_values(0..n_tokens, &mut v, n_tokens).unwrap();
     let (mut worst, mut size) = (0.0f64, 0.0f64);
     for b in 0..batch {
         for h in 0..query_heads {

@@ -1,5 +1,6 @@
 //! What a layer's cache counts and refuses. Sequences of operations are compared with a model in `fuzz/src/layer_cache.rs`.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::bf16;
@@ -92,4 +93,37 @@ fn codecs_of_another_model_are_refused() {
     };
     assert!(wrong(blocks(false), Coding::Exact, 3, DIM).contains("KV heads is 3"));
     assert!(wrong(Coding::Exact, low_rank(), HEADS, 16).contains("head_dim is 16"));
+}
+
+#[test]
+fn any_run_of_tokens_can_be_read_alone() {
+    let policy = Policy { n_sinks: 3, compress_start_len: 0, n_tail: 4 };
+    let n = 3 + 2 * BLOCK_LEN + 6;
+    for (key, value) in [(blocks(true), blocks(false)), (low_rank(), Coding::Exact)] {
+        let mut cache = LayerCache::<f32>::new(key, value, policy, 2, HEADS, (DIM, DIM)).unwrap();
+        let data: Vec<f32> = (0..2 * HEADS * n * DIM).map(|i| (i as f32 * 0.7).sin()).collect();
+        let view = TensorView::contiguous(&data, [2, HEADS, n, DIM]).unwrap();
+        cache.append(view, view).unwrap();
+        cache.compress().unwrap();
+        assert!(cache.n_coded() > 0);
+        let read = |tokens: Range<usize>| {
+            let mut keys = vec![0.0; 2 * HEADS * tokens.len() * DIM];
+            let mut values = keys.clone();
+            cache.read_keys(tokens.clone(), &mut keys, tokens.len()).unwrap();
+            cache.read_values(tokens.clone(), &mut values, tokens.len()).unwrap();
+            [keys, values]
+        };
+        let all = read(0..n);
+        for start in 0..=n {
+            for end in start..=n {
+                for (got, all) in read(start..end).iter().zip(&all) {
+                    let heads = all.chunks_exact(n * DIM).map(|head| &head[start * DIM..end * DIM]);
+                    assert!(got.iter().eq(heads.flatten()), "tokens {start}..{end}");
+                }
+            }
+        }
+        let mut out = vec![0.0; 2 * HEADS * DIM];
+        let error = cache.read_keys(n..n + 1, &mut out, 1).unwrap_err();
+        assert!(error.to_string().contains(&(n + 1).to_string()), "{error}");
+    }
 }

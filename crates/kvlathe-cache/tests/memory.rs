@@ -87,8 +87,8 @@ fn contents(cache: &LayerCache<f32>) -> Contents {
     let n = cache.n_tokens();
     let mut keys = vec![0.0; cache.batch() * HEADS * n * DIM];
     let mut values = keys.clone();
-    cache.read_keys(&mut keys, n).unwrap();
-    cache.read_values(&mut values, n).unwrap();
+    cache.read_keys(0..n, &mut keys, n).unwrap();
+    cache.read_values(0..n, &mut values, n).unwrap();
     (n, cache.batch(), cache.n_coded(), keys, values, cache.memory_use())
 }
 

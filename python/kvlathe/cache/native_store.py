@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._native import NativeLayer
 from ..openmp import share_torch_threads
+from . import section_attention
 from .layer_store import Policy
 
 share_torch_threads()
@@ -55,12 +56,20 @@ class NativeStore:
         self._layer.compress(torch.get_num_threads())
 
     def read(self, room: int = 0) -> tuple[Tensor, Tensor]:
+        n_tokens = self.n_tokens
+        return self._read(0, n_tokens, n_tokens, room)
+
+    def _read(self, first: int, end: int, n_tokens: int, room: int = 0) -> tuple[Tensor, Tensor]:
+        """The tokens from ``first`` on, to the ``end``-th, of ``n_tokens`` that must be held, and room for more."""
         n_heads, key_dim, value_dim = self._dims
-        length = self.n_tokens + room
-        keys = torch.empty(self.batch, n_heads, length, key_dim, dtype=self._dtype)
-        values = torch.empty(self.batch, n_heads, length, value_dim, dtype=self._dtype)
-        if self.n_tokens:
-            self._layer.read(keys, values, torch.get_num_threads())
+        keys, values = (
+            torch.empty(self.batch, n_heads, end - first + room, dim, dtype=self._dtype)
+            for dim in (key_dim, value_dim)
+        )
+        if first < end:
+            self._layer.read(
+                keys, values, tokens=(first, end), n_tokens=n_tokens, n_threads=torch.get_num_threads()
+            )
         return keys, values
 
     @property
@@ -77,14 +86,27 @@ class NativeStore:
         softcap: float | None = None,
         sink_scores: Tensor | None = None,
     ) -> Tensor:
-        """Attention from the packed blocks: queries [B, Hq, q, D] to [B, q, Hq, D].
+        """Attention from the packed blocks, or for many queries from sections of them that are expanded: queries
+        [B, Hq, q, D] to [B, q, Hq, D].
 
         Args:
             n_tokens: as many as the caller has seen; with another number held it is refused.
             mask: bool [1 or B, 1, q, n_tokens], True = seen; None is causal, the last query at the last token.
         """
+        n_kv_heads, key_dim, value_dim = self._dims
+        plain = softcap is None and sink_scores is None and key_dim == value_dim
+        fits = mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
+        if plain and fits and section_attention.pays(queries, n_kv_heads):
+            return section_attention.attend(
+                queries,
+                lambda first, end: self._read(first, end, n_tokens),
+                n_tokens=n_tokens,
+                n_kv_heads=n_kv_heads,
+                mask=mask,
+                scaling=scaling,
+            )
         batch, n_query_heads, n_queries, _ = queries.shape
-        out = torch.empty(batch, n_queries, n_query_heads, self._dims[2], dtype=self._dtype)
+        out = torch.empty(batch, n_queries, n_query_heads, value_dim, dtype=self._dtype)
         self._layer.attend(
             queries if queries.stride(-1) == 1 else queries.contiguous(),
             out,
