@@ -24,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 from .cache import CompressedDynamicCache
 from .cache.layer import CompressedLayer
 from .cache.padding import PaddedRows
+from .cache.section_attention import causal_mask
 from .errors import ModelError
 from .model_loading import attention_modules
 from .two_sided import TwoSidedPlan, two_sided_attention
@@ -94,6 +95,10 @@ def _attention(
         )
         return out, None
     if softcap is None and s_aux is None:
+        n_queries, n_tokens = query.shape[2], key.shape[2]
+        if attention_mask is None and n_queries not in (1, n_tokens) and _is_causal(module, kwargs):
+            # SDPA would put the first query at the first token.
+            attention_mask = causal_mask(n_queries, n_tokens, 0, n_tokens, query.device)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -112,6 +117,46 @@ def _attention(
         sliding_window=sliding_window,
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether no mask means that queries see no later tokens, as `sdpa_attention_forward` has it."""
+    told = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if told is None else told)
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    *,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """transformers' `sdpa_mask`, but None for all causal attention whose last query is at the last token: to make a mask
+    for a chunk of a prompt and to look through it in every layer takes longer than to know.
+    """
+    aligned = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
+    if allow_is_causal_skip and aligned and local_size is None and not torch.compiler.is_compiling():
+        if attention_mask is None or bool(attention_mask[:, :kv_length].all()):
+            return None
+    mask: Tensor | None = sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        # For the first tokens of a static cache it would mean something else.
+        allow_is_causal_skip=allow_is_causal_skip and q_length in (1, kv_length),
+        **kwargs,
+    )
+    return mask
 
 
 def _attention_name(config: Any) -> str | None:
@@ -187,7 +232,7 @@ def attach(model: Model) -> Model:
             f"use the cache without attach(): it then expands each layer for the time of one call"
         )
     AttentionInterface.register(ATTENTION_NAME, _attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    AttentionMaskInterface.register(ATTENTION_NAME, _mask)
     implementation = str(model.config._attn_implementation)
     model.set_attn_implementation(ATTENTION_NAME)
     hooks = [

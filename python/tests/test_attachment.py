@@ -10,10 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
+from cache_helpers import identity_cache
 from kvlathe import CalibrationOptions, CompressedDynamicCache, Preset, attach, calibrate, detach
 from kvlathe.attachment import ATTENTION_NAME
+from kvlathe.cache.native_store import NativeStore
 from kvlathe.errors import ModelError
 from tiny_models import VOCAB, tiny
 
@@ -148,6 +150,63 @@ def test_nothing_is_expanded_while_decoding(monkeypatch: pytest.MonkeyPatch) -> 
     finally:
         detach(model)
     assert cache.get_seq_length() == 70
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "identity"])
+def test_chunks_through_other_caches(name: str, padding: int, kind: str) -> None:
+    """An attached model reads prompts in chunks through caches that are not ours, or not coded, as before."""
+    model = tiny(name)
+    ids, mask = prompt(2, 70), torch.ones(2, 70, dtype=torch.long)
+    mask[1, :padding] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+
+    @torch.no_grad()
+    def logits() -> torch.Tensor:
+        cache = {
+            "dynamic": lambda: DynamicCache(config=model.config),
+            "static": lambda: StaticCache(config=model.config, max_cache_len=80),
+            "identity": lambda: identity_cache(model),
+        }[kind]()
+        outputs = [
+            model(
+                input_ids=ids[:, start:end],
+                attention_mask=mask[:, :end] if padding else None,
+                position_ids=positions[:, start:end],
+                past_key_values=cache,
+            ).logits
+            for start, end in [(0, 30), (30, 50), (50, 51), (51, 70)]
+        ]
+        return torch.cat(outputs, 1)
+
+    expected = logits()
+    attach(model)
+    try:
+        got = logits()
+    finally:
+        detach(model)
+    torch.testing.assert_close(got[:, padding:], expected[:, padding:], atol=2e-4, rtol=1e-4)
+
+
+def test_a_chunk_without_padding_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    cache = CompressedDynamicCache.from_preset(preset_of("llama", model), uncompressed_tail=8)
+    masks = []
+    attend = NativeStore.attend
+    monkeypatch.setattr(
+        NativeStore,
+        "attend",
+        lambda *args, **kwargs: masks.append(kwargs["mask"]) or attend(*args, **kwargs),
+    )
+    attach(model)
+    try:
+        with torch.no_grad():
+            for n in (40, 30, 1):
+                model(input_ids=prompt(1, n), past_key_values=cache)
+    finally:
+        detach(model)
+    assert len(masks) == 2 * model.config.num_hidden_layers and masks.count(None) == len(masks)
 
 
 def test_another_attention_set_later_gets_real_keys() -> None:

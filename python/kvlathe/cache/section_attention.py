@@ -59,10 +59,14 @@ def _seen_by_all(mask: Tensor | None, n_tokens: int, n_queries: int) -> Tensor:
     return mask[:, 0].view(torch.uint8).amin(1) != 0
 
 
-def _causal(first: int, end: int, n_tokens: int, n_queries: int) -> Tensor:
-    """The mask of a section, [1, 1, q, end − first], the last query at the last token."""
-    places = torch.arange(n_tokens - n_queries, n_tokens)
-    return (torch.arange(first, end) <= places[:, None])[None, None]
+def causal_mask(
+    n_queries: int, n_tokens: int, first: int, end: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Whether queries, the last one at the last of ``n_tokens``, see the tokens from ``first`` on to the ``end``-th,
+    bool [1, 1, q, end − first].
+    """
+    places = torch.arange(n_tokens - n_queries, n_tokens, device=device)
+    return (torch.arange(first, end, device=device) <= places[:, None])[None, None]
 
 
 def attend(
@@ -90,7 +94,7 @@ def attend(
         if bool(seen_by_all[:, first:end].all()):
             found, sums = _flash(folded, keys, values, None, scaling)
         else:
-            seen = _causal(first, end, n_tokens, n_queries) if mask is None else mask[..., first:end]
+            seen = causal_mask(n_queries, n_tokens, first, end) if mask is None else mask[..., first:end]
             found, sums = _masked(folded, keys, values, seen, scaling)
         if first == 0:
             out, total = found.float(), sums
