@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .cache import CompressedDynamicCache
 from .cache.layer import CompressedLayer
-from .cache.padding import PaddedRows
+from .cache.padding import PaddedRows, padded_rows_of_first_pass
 from .cache.section_attention import causal_mask
 from .errors import ModelError
 from .model_loading import attention_modules
@@ -125,11 +125,18 @@ def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     return bool(getattr(module, "is_causal", True) if told is None else told)
 
 
+def _shows_all(attention_mask: Tensor | None, n_tokens: int) -> bool:
+    """Whether a mask [B, tokens] hides none of the first ``n_tokens``; to transformers, a shorter one hides the rest."""
+    if attention_mask is None:
+        return True
+    return attention_mask.shape[1] >= n_tokens and bool(attention_mask[:, :n_tokens].all())
+
+
 def _mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
+    q_offset: int = 0,
     kv_offset: int = 0,
     *,
     attention_mask: Tensor | None = None,
@@ -137,13 +144,14 @@ def _mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' `sdpa_mask`, but None for all causal attention whose last query is at the last token: to make a mask
-    for a chunk of a prompt and to look through it in every layer takes longer than to know.
+    """transformers' `sdpa_mask`, but None for all causal attention whose last query is at the last token: making a mask
+    for a chunk of a prompt, and looking through it in every layer, takes longer than knowing.
     """
+    may_skip = allow_is_causal_skip and local_size is None and not torch.compiler.is_compiling()
+    # Static caches have a tensor for an offset.
     aligned = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
-    if allow_is_causal_skip and aligned and local_size is None and not torch.compiler.is_compiling():
-        if attention_mask is None or bool(attention_mask[:, :kv_length].all()):
-            return None
+    if may_skip and aligned and _shows_all(attention_mask, kv_length):
+        return None
     mask: Tensor | None = sdpa_mask(
         batch_size,
         q_length,
@@ -180,9 +188,9 @@ def _announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             layer.attends_next = True
             mask = kwargs.get("attention_mask")
             first = isinstance(mask, Tensor) and mask.dtype == torch.bool and not layer.get_seq_length()
-            # Of a mask [B, 1, T, T]: real tokens see themselves. Without padding there may be none.
+            # Without padding there may be no mask.
             if first and mask.shape[2] == mask.shape[3]:  # type: ignore[union-attr]
-                layer.padding_seen = PaddedRows.of(mask[:, 0].diagonal(dim1=1, dim2=2))  # type: ignore[index]
+                layer.padding_seen = padded_rows_of_first_pass(mask)  # type: ignore[arg-type]
 
 
 def _generate_in_chunks(

@@ -38,6 +38,18 @@ def filled(n_tokens: int = 120) -> tuple[CompressedLayer, Tensor]:
     return of_layer, keys
 
 
+def test_layers_of_a_pass_share_what_is_made_of_its_mask() -> None:
+    mask = (torch.rand(len(LENGTHS), 1, 3, 40, generator=torch.Generator().manual_seed(0)) < 0.5).bool()
+    ours, same, other = Padding(LENGTHS, N_SINKS), Padding(LENGTHS, N_SINKS), Padding([1] * 4, N_SINKS)
+    first = ours.mask_of_slots(mask)
+    assert same.mask_of_slots(mask) is first
+    assert not torch.equal(other.mask_of_slots(mask), first)
+    # Another mask, even with the same content.
+    again = ours.mask_of_slots(mask.clone())
+    assert again is not first and torch.equal(again, first)
+    assert torch.equal(ours.mask_of_slots(~mask), ~first)
+
+
 def test_lengths_of_a_mask() -> None:
     assert PaddedRows.of(mask(40)) == PaddedRows.of(mask(40).bool()) == ROWS
     assert PaddedRows.of(torch.zeros(2, 5)).lengths == (5, 5)

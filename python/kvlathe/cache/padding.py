@@ -14,13 +14,31 @@ All tokens from p + n on are in the slot of their own number, so blocks keep the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from ..errors import PaddingWarning, ShapeError
+
+Found = TypeVar("Found")
+
+
+class OfLatest(Generic[Found]):
+    """What a function finds of a tensor, kept while it is asked about the same one: layers of a pass share a mask."""
+
+    def __init__(self, find: Callable[..., Found]) -> None:
+        self._find = find
+        self._latest: tuple[ref[Tensor], tuple[Any, ...], Found] | None = None
+
+    def __call__(self, tensor: Tensor, *more: Any) -> Found:
+        latest = self._latest  # once: another thread may put its own there
+        if latest is None or latest[0]() is not tensor or latest[1] != more:
+            latest = self._latest = ref(tensor), more, self._find(tensor, *more)
+        return latest[2]
 
 
 @dataclass(frozen=True)
@@ -42,6 +60,11 @@ class PaddedRows:
         n_tokens = mask.shape[1]
         lengths = torch.where(seen.any(dim=-1), seen.int().argmax(dim=-1), n_tokens)
         return cls(tuple(int(n) for n in lengths.tolist()), n_tokens)
+
+    @classmethod
+    def of_first_pass(cls, mask: Tensor) -> PaddedRows:
+        """Of a bool mask [B, 1, T, T] that attention of the first tokens goes by: real tokens see themselves."""
+        return cls.of(mask[:, 0].diagonal(dim1=1, dim2=2))
 
     def in_slots(self, n_new: int, batch: int, n_sinks: int) -> Padding | None:
         """How the ``n_new`` tokens of a first pass are kept, of a batch of as many rows or a multiple (beams).
@@ -106,13 +129,27 @@ class Padding:
 
     def mask_of_slots(self, mask: Tensor) -> Tensor:
         """A mask of tokens [1 or B, 1, q, T] as one of slots [B, 1, q, T]."""
+        return _mask_of_slots(mask, self)
+
+    def _move_mask(self, mask: Tensor) -> Tensor:
         self._token = self._token.to(mask.device)
         moved = mask.expand(len(self.lengths), -1, -1, -1).clone()
         head = moved[..., : self.reach]
         moved[..., : self.reach] = head.gather(3, self._token[:, None, None, :].expand(head.shape))
         return moved
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Padding) and (self.lengths, self.n_sinks) == (other.lengths, other.n_sinks)
+
+    def __hash__(self) -> int:
+        return hash((self.lengths, self.n_sinks))
+
     def select(self, rows: Sequence[int]) -> Padding:
         """That of a batch of these rows."""
         lengths = tuple(self.lengths[row] for row in rows)
         return self if lengths == self.lengths else Padding(lengths, self.n_sinks)
+
+
+# For the layers of one pass: of the latest mask only, which the next pass's replaces.
+padded_rows_of_first_pass = OfLatest(PaddedRows.of_first_pass)
+_mask_of_slots = OfLatest(lambda mask, padding: padding._move_mask(mask))

@@ -61,7 +61,12 @@ pub(super) fn weigh<M: Multiply>(
             rescale[q] = 1.0;
             continue;
         }
-        rescale[q] = if max[q] == f32::NEG_INFINITY { 0.0 } else { exp(max[q] - largest) };
+        rescale[q] = match max[q] {
+            // Mostly, and the exponential of one number takes as long as that of sixteen.
+            same if same == largest => 1.0,
+            f32::NEG_INFINITY => 0.0,
+            smaller => exp(smaller - largest),
+        };
         max[q] = largest;
         sum[q] = sum[q].mul_add(rescale[q], exponentials(scores, largest));
     }
