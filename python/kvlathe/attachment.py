@@ -126,7 +126,7 @@ def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 
 
 def _shows_all(attention_mask: Tensor | None, n_tokens: int) -> bool:
-    """Whether a mask [B, tokens] hides none of the first ``n_tokens``; to transformers, a shorter one hides the rest."""
+    """Whether a mask [B, tokens] hides none of the first ``n_tokens``; to transformers a shorter one hides the rest."""
     if attention_mask is None:
         return True
     return attention_mask.shape[1] >= n_tokens and bool(attention_mask[:, :n_tokens].all())

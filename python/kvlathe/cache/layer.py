@@ -184,14 +184,13 @@ class CompressedLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Add tokens and return stubs that stand for all of them; `attend` must follow."""
         store.append(key_states, value_states)
-        batch, heads, _, _ = key_states.shape
-        n_tokens = store.n_tokens
-        stubs = []
-        for states in (key_states, value_states):
-            stub = self._element.expand(batch, heads, n_tokens, states.shape[3])
-            stub.kvlathe_layer = self  # type: ignore[attr-defined]
-            stubs.append(stub)
-        return stubs[0], stubs[1]
+        batch, heads, _, key_dim = key_states.shape
+        value_dim, n_tokens = value_states.shape[3], store.n_tokens
+        keys = values = self._element.expand(batch, heads, n_tokens, key_dim)
+        keys.kvlathe_layer = self  # type: ignore[attr-defined]
+        if value_dim != key_dim:
+            values = self._element.expand(batch, heads, n_tokens, value_dim)
+        return keys, values
 
     def attend(
         self,

@@ -94,18 +94,18 @@ class NativeStore:
             mask: bool [1 or B, 1, q, n_tokens], True = seen; None is causal, the last query at the last token.
         """
         n_kv_heads, key_dim, value_dim = self._dims
-        plain = softcap is None and sink_scores is None and key_dim == value_dim
-        fits = mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)
-        if plain and fits and section_attention.pays(queries, n_kv_heads):
-            return section_attention.attend(
-                queries,
-                lambda first, end: self._read(first, end, n_tokens),
-                n_tokens=n_tokens,
-                n_kv_heads=n_kv_heads,
-                mask=mask,
-                scaling=scaling,
-            )
         batch, n_query_heads, n_queries, _ = queries.shape
+        if n_queries > 1 and section_attention.pays(queries, n_kv_heads):
+            plain = softcap is None and sink_scores is None and key_dim == value_dim
+            if plain and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)):
+                return section_attention.attend(
+                    queries,
+                    lambda first, end: self._read(first, end, n_tokens),
+                    n_tokens=n_tokens,
+                    n_kv_heads=n_kv_heads,
+                    mask=mask,
+                    scaling=scaling,
+                )
         out = torch.empty(batch, n_queries, n_query_heads, value_dim, dtype=self._dtype)
         self._layer.attend(
             queries if queries.stride(-1) == 1 else queries.contiguous(),
