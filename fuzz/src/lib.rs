@@ -40,15 +40,6 @@ pub const TARGETS: [Target; 6] = [
     Target { name: "preset_safetensors", run: preset_safetensors::run },
 ];
 
-/// Runs `work` on this thread alone, whatever it would share out to others: inputs are too small to wake anyone.
-fn inline<R: Send>(work: impl FnOnce() -> R + Send) -> R {
-    thread_local! {
-        static POOL: Option<rayon::ThreadPool> =
-            rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build().ok();
-    }
-    POOL.with(|_| work())
-}
-
 impl Target {
     /// The target of this name.
     #[must_use]

@@ -3,7 +3,7 @@
 use std::sync::RwLock;
 
 use half::{bf16, f16};
-use kvlathe::cache::{AttentionOptions, CacheError, Coding, LayerCache, Policy, with_threads};
+use kvlathe::cache::{AttentionOptions, CacheError, Coding, LayerCache, Policy};
 use kvlathe::codec::Element;
 use pyo3::prelude::*;
 
@@ -205,7 +205,7 @@ impl NativeLayer {
             if !look(py, layer, LayerCache::is_due)? {
                 return Ok(());
             }
-            change(py, layer, |layer| with_threads(n_threads, || layer.compress())?)
+            change(py, layer, |layer| layer.compress(n_threads))
         })
     }
 
@@ -228,10 +228,8 @@ impl NativeLayer {
             // SAFETY: as in `append`; the caller made both tensors for this call, nothing else refers to them yet.
             let (keys, values) = unsafe { (keys.slice_mut::<E>("keys")?, values.slice_mut::<E>("values")?) };
             read_of(py, layer, n_tokens, |layer| {
-                with_threads(n_threads, || {
-                    layer.read_keys(tokens.clone(), keys, key_tokens)?;
-                    layer.read_values(tokens, values, value_tokens)
-                })?
+                layer.read_keys(tokens.clone(), keys, key_tokens, n_threads)?;
+                layer.read_values(tokens, values, value_tokens, n_threads)
             })
         })
     }

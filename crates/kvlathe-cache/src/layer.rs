@@ -4,10 +4,11 @@ use std::collections::HashSet;
 use std::ops::Range;
 
 use kvlathe_codec::{Element, StreamSet, memory};
-use rayon::prelude::*;
 
 use crate::error::{CacheError, Result};
+use crate::pieces::{EncodePiece, ReadPiece};
 use crate::side::{Coding, SideRow};
+use crate::threads::for_each_item;
 use crate::view::TensorView;
 
 /// Which tokens stay exact, in tokens.
@@ -37,6 +38,14 @@ struct Row<E> {
 }
 
 impl<E: Element> Row<E> {
+    fn sides(&self) -> [&SideRow<E>; 2] {
+        [&self.key, &self.value]
+    }
+
+    fn sides_mut(&mut self) -> [&mut SideRow<E>; 2] {
+        [&mut self.key, &mut self.value]
+    }
+
     fn try_clone(&self) -> Result<Self> {
         Ok(Self { key: self.key.try_clone()?, value: self.value.try_clone()? })
     }
@@ -193,7 +202,7 @@ impl<E: Element> LayerCache<E> {
             row.value.reserve(n_tokens, n_sinks)
         });
         if made.is_err() {
-            self.rows.iter_mut().flat_map(|row| [&mut row.key, &mut row.value]).for_each(SideRow::trim);
+            self.rows.iter_mut().flat_map(Row::sides_mut).for_each(SideRow::trim);
         }
         made
     }
@@ -204,7 +213,7 @@ impl<E: Element> LayerCache<E> {
         let granularity = self.granularity();
         self.n_tokens > self.policy.compress_start_len
             && self.rows.first().is_some_and(|row| {
-                [&row.key, &row.value].into_iter().any(|side| due_tokens(side, self.policy, granularity) > 0)
+                row.sides().into_iter().any(|side| due_tokens(side, self.policy, granularity) > 0)
             })
     }
 
@@ -212,62 +221,68 @@ impl<E: Element> LayerCache<E> {
         self.key.granularity().max(self.value.granularity())
     }
 
-    /// Codes every whole block that has left the tail, on the rayon pool that it is called in: call it inside
-    /// [`crate::with_threads`], or it takes the application's.
+    /// Codes every whole block that has left the tail, on at most `n_threads` threads.
     ///
     /// # Errors
     /// What the codec refuses, no memory. All tokens stay exact then.
-    pub fn compress(&mut self) -> Result<()> {
+    pub fn compress(&mut self, n_threads: usize) -> Result<()> {
         if !self.is_due() {
             return Ok(());
         }
-        let policy = self.policy;
-        let granularity = self.granularity();
-        // Nothing leaves the tail before every side has been coded: an error must find all sides alike.
-        let encode = |side: &mut SideRow<E>| {
+        let (policy, granularity) = (self.policy, self.granularity());
+        let mut new = memory::room(2 * self.rows.len(), "coded tokens")?;
+        for side in self.rows.iter_mut().flat_map(Row::sides_mut) {
             let n_tokens = due_tokens(side, policy, granularity);
-            side.encode(n_tokens).map(|blocks| (blocks, n_tokens))
-        };
-        let coded = self.rows.par_iter_mut().map(|row| {
-            let (key, value) = rayon::join(|| encode(&mut row.key), || encode(&mut row.value));
-            Ok((key?, value?))
-        });
-        let coded: Vec<_> = coded.collect::<Result<_>>()?;
-        self.rows.par_iter_mut().zip(coded).for_each(
-            |(row, ((key_blocks, n_keys), (value_blocks, n_values)))| {
-                rayon::join(
-                    || row.key.commit(key_blocks, n_keys),
-                    || row.value.commit(value_blocks, n_values),
-                );
-            },
-        );
+            new.push((side.reserve_coded(n_tokens)?, n_tokens));
+        }
+        let mut pieces = Vec::new();
+        for (side, (new, _)) in self.rows.iter().flat_map(Row::sides).zip(&mut new) {
+            side.encode_pieces(new, &mut pieces)?;
+        }
+        // Nothing leaves the tail before every side has been coded: an error must find all sides alike.
+        for_each_item(n_threads, pieces, EncodePiece::encode)?;
+        for (side, (new, n_tokens)) in self.rows.iter_mut().flat_map(Row::sides_mut).zip(new) {
+            side.commit(new, n_tokens);
+        }
         Ok(())
     }
 
-    /// Writes the keys of some tokens to the first ones of `out`, `[batch, heads, out_tokens, head_dim]` contiguous; on
-    /// threads as in [`LayerCache::compress`].
+    /// Writes the keys of some tokens to the first ones of `out`, `[batch, heads, out_tokens, head_dim]` contiguous, on
+    /// at most `n_threads` threads.
     ///
     /// # Errors
-    /// A buffer of another size, fewer `out_tokens` than tokens asked for, tokens that are not held.
-    pub fn read_keys(&self, tokens: Range<usize>, out: &mut [E], out_tokens: usize) -> Result<()> {
-        self.read(tokens, out, out_tokens, self.key_dim, |row| &row.key)
+    /// A buffer of another size, fewer `out_tokens` than tokens asked for, tokens that are not held, no memory.
+    pub fn read_keys(
+        &self,
+        tokens: Range<usize>,
+        out: &mut [E],
+        out_tokens: usize,
+        n_threads: usize,
+    ) -> Result<()> {
+        self.read(tokens, (out, out_tokens), self.key_dim, |row| &row.key, n_threads)
     }
 
     /// As [`LayerCache::read_keys`], for values.
     ///
     /// # Errors
     /// As [`LayerCache::read_keys`].
-    pub fn read_values(&self, tokens: Range<usize>, out: &mut [E], out_tokens: usize) -> Result<()> {
-        self.read(tokens, out, out_tokens, self.value_dim, |row| &row.value)
+    pub fn read_values(
+        &self,
+        tokens: Range<usize>,
+        out: &mut [E],
+        out_tokens: usize,
+        n_threads: usize,
+    ) -> Result<()> {
+        self.read(tokens, (out, out_tokens), self.value_dim, |row| &row.value, n_threads)
     }
 
     fn read(
         &self,
         tokens: Range<usize>,
-        out: &mut [E],
-        out_tokens: usize,
+        (out, out_tokens): (&mut [E], usize),
         dim: usize,
         side: fn(&Row<E>) -> &SideRow<E>,
+        n_threads: usize,
     ) -> Result<()> {
         if tokens.end > self.n_tokens {
             let (given, expected) = (tokens.end, self.n_tokens);
@@ -280,9 +295,12 @@ impl<E: Element> LayerCache<E> {
         if tokens.is_empty() {
             return Ok(());
         }
-        out.par_chunks_mut(out_tokens * dim).enumerate().try_for_each(|(at, out)| {
-            side(&self.rows[at / self.n_heads]).read_head(at % self.n_heads, tokens.clone(), out)
-        })
+        let mut pieces = Vec::new();
+        for (at, out) in out.chunks_mut(out_tokens * dim).enumerate() {
+            let (row, head) = (&self.rows[at / self.n_heads], at % self.n_heads);
+            side(row).read_head(head, tokens.clone(), out, &mut pieces)?;
+        }
+        for_each_item(n_threads, pieces, ReadPiece::read)
     }
 
     /// Removes the newest `n_tokens` of every sequence.
@@ -328,7 +346,7 @@ impl<E: Element> LayerCache<E> {
     pub fn memory_use(&self) -> MemoryUse {
         let mut seen = HashSet::new();
         let mut use_ = MemoryUse::default();
-        for side in self.rows.iter().flat_map(|row| [&row.key, &row.value]) {
+        for side in self.rows.iter().flat_map(Row::sides) {
             use_.exact_bytes += side.exact_bytes();
             use_.coded_bytes += side.coded_bytes(&mut seen);
         }

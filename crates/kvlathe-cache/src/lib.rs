@@ -16,9 +16,9 @@
 //! let x: Vec<f32> = (0..2 * 3 * 4).map(|i| i as f32).collect(); // 2 heads, 3 tokens, 4 components
 //! let view = TensorView::contiguous(&x, [1, 2, 3, 4])?;
 //! cache.append(view, view)?;
-//! cache.compress()?;
+//! cache.compress(1)?;
 //! let mut keys = vec![0.0; x.len()];
-//! cache.read_keys(0..3, &mut keys, 3)?;
+//! cache.read_keys(0..3, &mut keys, 3, 1)?;
 //! assert_eq!(keys, x);
 //! # Ok::<(), kvlathe_cache::CacheError>(())
 //! ```
@@ -31,9 +31,11 @@ mod block;
 mod error;
 mod exact;
 mod layer;
+mod pieces;
 mod side;
 mod threads;
 mod view;
+mod workspace;
 
 pub use attention::AttentionOptions;
 pub use error::{CacheError, Result};

@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use kvlathe_codec::gain::MAX_MAGNITUDE;
 use kvlathe_codec::{CodecError, Element, LowRank, Scratch, StreamSet, best_isa, memory};
-use rayon::prelude::*;
 
 use crate::block::Block;
 use crate::error::{CacheError, Result};
 use crate::exact::ExactRun;
+use crate::pieces::{EncodePiece, ReadPiece};
 use crate::view::TensorView;
 
 /// How a side of a layer is stored beyond its exact parts.
@@ -94,6 +94,19 @@ impl Coded {
         })
     }
 }
+
+/// What a side codes, before it leaves the tail.
+pub(crate) enum NewCoded {
+    /// The side is not coded.
+    Nothing,
+    /// Filled in by [`EncodePiece::encode`].
+    Blocks(Vec<Option<Arc<Block>>>),
+    /// One byte string a head.
+    LowRank(Vec<Vec<u8>>),
+}
+
+/// Tokens of one head whose low-rank coding is read in one piece.
+const LOW_RANK_TOKENS: usize = 1024;
 
 /// What [`SideRow::cut`] found: the block that is cut, as exact tokens without those that go.
 pub(crate) struct Cut<E>(Option<ExactRun<E>>);
@@ -196,84 +209,120 @@ impl<E: Element> SideRow<E> {
         self.tail.append(view, row, to_sinks..view.n_tokens());
     }
 
-    /// Codes the oldest `n_tokens` of the tail, a multiple of the coding's granularity, into blocks for
-    /// [`SideRow::commit`]; of what is coded token by token, only the room is made. Changes nothing that is held.
-    pub(crate) fn encode(&mut self, n_tokens: usize) -> Result<Vec<Arc<Block>>> {
-        let position = self.sinks.n_tokens() + self.n_coded();
-        let tail = &self.tail;
-        match &mut self.coded {
-            Some(Coded::Blocks(set, blocks)) if n_tokens > 0 => {
-                let set = &**set;
-                let len = set.block_len();
-                let encode = |scratch: &mut Scratch, i: usize| {
-                    Block::encode(set, tail, i * len, position + i * len, best_isa(), scratch)
-                };
-                let new: Vec<Arc<Block>> = (0..n_tokens / len)
-                    .into_par_iter()
-                    .map_init(Scratch::default, encode)
-                    .collect::<Result<_>>()?;
-                memory::reserve(blocks, new.len(), "a list of blocks")?;
-                Ok(new)
+    /// Makes room for coding the oldest `n_tokens` of the tail, a multiple of the coding's granularity.
+    pub(crate) fn reserve_coded(&mut self, n_tokens: usize) -> Result<NewCoded> {
+        Ok(match &mut self.coded {
+            None => NewCoded::Nothing,
+            Some(Coded::Blocks(set, blocks)) => {
+                let n_blocks = n_tokens / set.block_len();
+                memory::reserve(blocks, n_blocks, "a list of blocks")?;
+                NewCoded::Blocks(memory::filled(n_blocks, None, "a list of blocks")?)
             }
             Some(Coded::LowRank(coder, heads)) => {
                 let more = n_tokens * coder.vector_bytes();
+                let mut new = memory::room(heads.len(), "coded tokens")?;
                 for coded in heads {
                     if coded.capacity() - coded.len() < more {
                         // An eighth of headroom, as exact tokens have.
                         memory::reserve(coded, more.max(coded.len() / 8), "coded tokens")?;
                     }
+                    new.push(memory::filled(more, 0, "coded tokens")?);
                 }
-                Ok(Vec::new())
+                NewCoded::LowRank(new)
             }
-            _ => Ok(Vec::new()),
+        })
+    }
+
+    /// Lists what codes the tail's oldest tokens into `new`, for which [`SideRow::reserve_coded`] has made room.
+    pub(crate) fn encode_pieces<'a>(
+        &'a self,
+        new: &'a mut NewCoded,
+        pieces: &mut Vec<EncodePiece<'a, E>>,
+    ) -> Result<()> {
+        let (position, tokens) = (self.sinks.n_tokens() + self.n_coded(), &self.tail);
+        match (&self.coded, new) {
+            (Some(Coded::Blocks(set, _)), NewCoded::Blocks(new)) => {
+                memory::reserve(pieces, new.len(), "a list of tasks")?;
+                let first_tokens = (0..).step_by(set.block_len());
+                pieces.extend(new.iter_mut().zip(first_tokens).map(|(block, first)| EncodePiece::Block {
+                    set,
+                    tokens,
+                    first,
+                    position: position + first,
+                    block,
+                }));
+            }
+            (Some(Coded::LowRank(coder, _)), NewCoded::LowRank(new)) => {
+                memory::reserve(pieces, new.len(), "a list of tasks")?;
+                pieces.extend(new.iter_mut().enumerate().map(|(head, coded)| EncodePiece::Vectors {
+                    coder,
+                    vectors: tokens.head(head),
+                    coded,
+                }));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Takes the oldest `n_tokens` out of the tail, now that all pieces have been coded everywhere.
+    pub(crate) fn commit(&mut self, new: NewCoded, n_tokens: usize) {
+        match (&mut self.coded, new) {
+            (Some(Coded::Blocks(_, blocks)), NewCoded::Blocks(new)) => {
+                blocks.extend(new.into_iter().flatten())
+            }
+            (Some(Coded::LowRank(_, heads)), NewCoded::LowRank(new)) => {
+                heads.iter_mut().zip(new).for_each(|(coded, new)| coded.extend(new));
+            }
+            _ => return,
+        }
+        if n_tokens > 0 {
+            self.tail.drop_front(n_tokens);
         }
     }
 
-    /// Takes the oldest `n_tokens` out of the tail, now that [`SideRow::encode`] has succeeded everywhere.
-    pub(crate) fn commit(&mut self, new: Vec<Arc<Block>>, n_tokens: usize) {
-        if n_tokens == 0 {
-            return;
-        }
-        let tail = &self.tail;
-        match &mut self.coded {
-            None => return,
-            Some(Coded::Blocks(_, blocks)) => blocks.extend(new),
-            Some(Coded::LowRank(coder, heads)) => {
-                let (d, bytes) = (coder.head_dim(), coder.vector_bytes());
-                heads.par_iter_mut().enumerate().for_each(|(head, coded)| {
-                    let from = coded.len();
-                    coded.resize(from + n_tokens * bytes, 0);
-                    let vectors = tail.head(head).chunks_exact(d);
-                    for (x, out) in vectors.zip(coded[from..].chunks_exact_mut(bytes)) {
-                        coder.encode(x, out);
-                    }
-                });
-            }
-        }
-        self.tail.drop_front(n_tokens);
-    }
-
-    /// Writes head `head` of some tokens to the front of `out`, `[tokens, head_dim]`.
-    pub(crate) fn read_head(&self, head: usize, tokens: Range<usize>, out: &mut [E]) -> Result<()> {
+    /// Writes head `head` of some tokens to the front of `out`, `[tokens, head_dim]`: exact ones at once, of coded ones
+    /// it lists the pieces.
+    pub(crate) fn read_head<'a>(
+        &'a self,
+        head: usize,
+        tokens: Range<usize>,
+        out: &'a mut [E],
+        pieces: &mut Vec<ReadPiece<'a, E>>,
+    ) -> Result<()> {
         let (n_sinks, n_coded) = (self.sinks.n_tokens(), self.n_coded());
         let tail_at = n_sinks + n_coded;
-        let out = self.sinks.read(head, part(&tokens, 0..n_sinks), out);
+        let mut out = self.sinks.read(head, part(&tokens, 0..n_sinks), out);
         let of_coded = part(&tokens, n_sinks..tail_at);
-        let out = match &self.coded {
-            Some(Coded::Blocks(set, blocks)) => {
-                let (ours, rest) = out.split_at_mut(of_coded.len() * set.head_dim());
-                read_blocks(set, blocks, head, n_sinks, of_coded, ours)?;
-                rest
-            }
-            Some(Coded::LowRank(coder, heads)) => {
-                let (d, bytes) = (coder.head_dim(), coder.vector_bytes());
-                let (ours, rest) = out.split_at_mut(of_coded.len() * d);
-                let coded = heads[head][of_coded.start * bytes..of_coded.end * bytes].par_chunks_exact(bytes);
-                ours.par_chunks_exact_mut(d).zip(coded).for_each(|(out, bytes)| coder.decode(bytes, out));
-                rest
-            }
-            None => out,
+        // Tokens of a piece, and tokens that a piece begins with a multiple of.
+        let (len, d) = match &self.coded {
+            None => (1, 0),
+            Some(Coded::Blocks(set, _)) => (set.block_len(), set.head_dim()),
+            Some(Coded::LowRank(coder, _)) => (LOW_RANK_TOKENS, coder.head_dim()),
         };
+        let touched = of_coded.start / len..of_coded.end.div_ceil(len);
+        memory::reserve(pieces, touched.len(), "a list of tasks")?;
+        for at in touched {
+            let within = part(&of_coded, at * len..(at + 1) * len);
+            let (piece, rest) = out.split_at_mut(within.len() * d);
+            out = rest;
+            match &self.coded {
+                Some(Coded::Blocks(set, blocks)) => pieces.push(ReadPiece::Block {
+                    set,
+                    block: &blocks[at],
+                    head,
+                    position: n_sinks + at * len,
+                    within,
+                    out: piece,
+                }),
+                Some(Coded::LowRank(coder, heads)) => {
+                    let (first, bytes) = (at * len, coder.vector_bytes());
+                    let coded = &heads[head][(first + within.start) * bytes..(first + within.end) * bytes];
+                    pieces.push(ReadPiece::Vectors { coder, coded, out: piece });
+                }
+                None => {}
+            }
+        }
         self.tail.read(head, part(&tokens, tail_at..tail_at + self.n_tail()), out);
         Ok(())
     }
@@ -341,36 +390,4 @@ impl<E: Element> SideRow<E> {
 fn part(tokens: &Range<usize>, run: Range<usize>) -> Range<usize> {
     let (start, end) = (tokens.start.max(run.start), tokens.end.min(run.end));
     if start < end { start - run.start..end - run.start } else { 0..0 }
-}
-
-/// Decodes one head of some of the tokens that `blocks` hold, the first at `position`, into `[tokens, head_dim]`.
-fn read_blocks<E: Element>(
-    set: &StreamSet,
-    blocks: &[Arc<Block>],
-    head: usize,
-    position: usize,
-    tokens: Range<usize>,
-    mut out: &mut [E],
-) -> Result<()> {
-    let (len, d) = (set.block_len(), set.head_dim());
-    let touched = tokens.start / len..tokens.end.div_ceil(len);
-    let mut pieces = memory::room(touched.len(), "pieces of blocks")?;
-    for at in touched {
-        let within = part(&tokens, at * len..(at + 1) * len);
-        let (piece, rest) = std::mem::take(&mut out).split_at_mut(within.len() * d);
-        pieces.push((at, within, piece));
-        out = rest;
-    }
-    let decode = |scratch: &mut Scratch, (at, within, piece): (usize, Range<usize>, &mut [E])| {
-        let block = &blocks[at];
-        let position = position + at * len;
-        if within.len() == len {
-            return block.decode(set, head, position, best_isa(), piece, scratch);
-        }
-        let mut whole = memory::filled(len * d, E::default(), "a decoded block")?;
-        block.decode(set, head, position, best_isa(), &mut whole, scratch)?;
-        piece.copy_from_slice(&whole[within.start * d..within.end * d]);
-        Ok(())
-    };
-    pieces.into_par_iter().try_for_each_init(Scratch::default, decode)
 }

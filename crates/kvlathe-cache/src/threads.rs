@@ -8,6 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use kvlathe_codec::memory;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::error::{CacheError, Result};
@@ -93,7 +94,38 @@ pub fn for_each_task(n_threads: usize, n_tasks: usize, work: &(dyn Fn(usize) + S
             Err(_) => queue.take_all(),
         },
     }
-    assert!(!queue.panicked.load(Ordering::Relaxed), "a task of an attention call has panicked");
+    assert!(!queue.panicked.load(Ordering::Relaxed), "a task has panicked");
+}
+
+/// As [`for_each_task`], for items that each belong to one task: pieces of an output, say.
+///
+/// # Errors
+/// That of the first item that has one, after all have been worked on; no memory for the list.
+///
+/// # Panics
+/// When a task has panicked.
+pub(crate) fn for_each_item<T: Send>(
+    n_threads: usize,
+    items: Vec<T>,
+    work: impl Fn(T) -> Result<()> + Sync,
+) -> Result<()> {
+    if n_threads <= 1 || items.len() <= 1 {
+        return items.into_iter().try_for_each(work);
+    }
+    let mut slots = memory::room(items.len(), "a list of tasks")?;
+    slots.extend(items.into_iter().map(|item| Mutex::new(Some(item))));
+    let failed: Mutex<Option<(usize, CacheError)>> = Mutex::new(None);
+    for_each_task(n_threads, slots.len(), &|task| {
+        let item = slots[task].lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(Err(error)) = item.map(&work) {
+            let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+            if failed.as_ref().is_none_or(|(first, _)| task < *first) {
+                *failed = Some((task, error));
+            }
+        }
+    });
+    let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
+    failed.map_or(Ok(()), |(_, error)| Err(error))
 }
 
 /// Runs `work` on `n_threads` threads of the library's pool, at least one; on fewer where the system starts no more.
@@ -138,7 +170,8 @@ mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    use super::{Team, adopt_team, for_each_task, with_threads};
+    use super::{Team, adopt_team, for_each_item, for_each_task, with_threads};
+    use crate::error::CacheError;
 
     #[test]
     fn the_pool_has_the_size_asked_for() {
@@ -163,6 +196,22 @@ mod tests {
         }
     }
 
+    fn every_item_is_worked_on() {
+        for n_threads in [1, 2, 5] {
+            let mut done = [0; 9];
+            for_each_item(n_threads, done.iter_mut().enumerate().collect(), |(at, to)| {
+                *to = at;
+                Ok(())
+            })
+            .expect("no item fails");
+            assert_eq!(done, [0, 1, 2, 3, 4, 5, 6, 7, 8]);
+            let failing =
+                |at| if at % 3 == 2 { Err(CacheError::Crop { given: at, held: 0 }) } else { Ok(()) };
+            let first = for_each_item(n_threads, (0..9).collect(), failing);
+            assert_eq!(first, Err(CacheError::Crop { given: 2, held: 0 }));
+        }
+    }
+
     /// Counts its calls, and uses scoped threads.
     struct Lent(AtomicUsize);
 
@@ -177,11 +226,13 @@ mod tests {
     #[test]
     fn tasks_run_on_own_threads_and_on_a_lent_team() {
         every_task_runs_once();
+        every_item_is_worked_on();
         a_panic_comes_back_to_the_caller();
         let lent = Arc::new(Lent(AtomicUsize::new(0)));
         adopt_team(lent.clone());
         every_task_runs_once();
         a_panic_comes_back_to_the_caller();
         assert_eq!(lent.0.load(Ordering::Relaxed), 3);
+        every_item_is_worked_on();
     }
 }

@@ -70,7 +70,7 @@ fn largest_error<E: Element>(case: &Case) -> f64 {
             TensorView::contiguous(&values, shape).unwrap(),
         )
         .unwrap();
-    cache.compress().unwrap();
+    cache.compress(1).unwrap();
     assert!(n_tokens < 60 || cache.n_coded() > 0);
 
     let query_heads = heads * group;
@@ -94,8 +94,8 @@ fn largest_error<E: Element>(case: &Case) -> f64 {
     cache.attend(view, options, &mut out, 2).unwrap();
 
     let (mut k, mut v) = (keys.clone(), values.clone());
-    cache.read_keys(0..n_tokens, &mut k, n_tokens).unwrap();
-    cache.read_values(0..n_tokens, &mut v, n_tokens).unwrap();
+    cache.read_keys(0..n_tokens, &mut k, n_tokens, 1).unwrap();
+    cache.read_values(0..n_tokens, &mut v, n_tokens, 1).unwrap();
     let (mut worst, mut size) = (0.0f64, 0.0f64);
     for b in 0..batch {
         for h in 0..query_heads {
@@ -193,7 +193,7 @@ fn queries_that_see_nothing_give_zeros() {
     let x = wave(1, 16 * 40);
     let view = TensorView::contiguous(&x, [1, 1, 40, 16]).unwrap();
     cache.append(view, view).unwrap();
-    cache.compress().unwrap();
+    cache.compress(1).unwrap();
     let mut out = vec![7.0; 16];
     let options = AttentionOptions { scaling: 1.0, mask: Some(&[0; 40]), ..AttentionOptions::default() };
     cache.attend(TensorView::contiguous(&x[..16], [1, 1, 1, 16]).unwrap(), options, &mut out, 1).unwrap();
@@ -241,7 +241,7 @@ fn what_is_no_number_stays_none() {
     let x = wave(1, n_tokens * d);
     let view = TensorView::contiguous(&x, [1, heads, n_tokens, d]).unwrap();
     cache.append(view, view).unwrap();
-    cache.compress().unwrap();
+    cache.compress(1).unwrap();
     assert!(cache.n_coded() > 0);
     let sound = wave(2, d);
     // NaN, and a norm beyond float32.

@@ -38,7 +38,7 @@ fn packed_memory_is_what_the_widths_say() {
     let data: Vec<bf16> = (0..HEADS * n * DIM).map(|i| bf16::from_f32((i as f32).sin())).collect();
     let view = TensorView::contiguous(&data, [1, HEADS, n, DIM]).unwrap();
     cache.append(view, view).unwrap();
-    cache.compress().unwrap();
+    cache.compress(1).unwrap();
     assert_eq!(cache.n_coded(), 100 * BLOCK_LEN);
     let memory = cache.memory_use();
     // 8 tokens × (8 components × 8 bits + 16 bits) × 2 heads = 160 bytes, padded to 192, plus 40 of bookkeeping.
@@ -104,26 +104,26 @@ fn any_run_of_tokens_can_be_read_alone() {
         let data: Vec<f32> = (0..2 * HEADS * n * DIM).map(|i| (i as f32 * 0.7).sin()).collect();
         let view = TensorView::contiguous(&data, [2, HEADS, n, DIM]).unwrap();
         cache.append(view, view).unwrap();
-        cache.compress().unwrap();
+        cache.compress(3).unwrap();
         assert!(cache.n_coded() > 0);
-        let read = |tokens: Range<usize>| {
+        let read = |tokens: Range<usize>, n_threads: usize| {
             let mut keys = vec![0.0; 2 * HEADS * tokens.len() * DIM];
             let mut values = keys.clone();
-            cache.read_keys(tokens.clone(), &mut keys, tokens.len()).unwrap();
-            cache.read_values(tokens.clone(), &mut values, tokens.len()).unwrap();
+            cache.read_keys(tokens.clone(), &mut keys, tokens.len(), n_threads).unwrap();
+            cache.read_values(tokens.clone(), &mut values, tokens.len(), n_threads).unwrap();
             [keys, values]
         };
-        let all = read(0..n);
+        let all = read(0..n, 3);
         for start in 0..=n {
             for end in start..=n {
-                for (got, all) in read(start..end).iter().zip(&all) {
+                for (got, all) in read(start..end, 1).iter().zip(&all) {
                     let heads = all.chunks_exact(n * DIM).map(|head| &head[start * DIM..end * DIM]);
                     assert!(got.iter().eq(heads.flatten()), "tokens {start}..{end}");
                 }
             }
         }
         let mut out = vec![0.0; 2 * HEADS * DIM];
-        let error = cache.read_keys(n..n + 1, &mut out, 1).unwrap_err();
+        let error = cache.read_keys(n..n + 1, &mut out, 1, 1).unwrap_err();
         assert!(error.to_string().contains(&(n + 1).to_string()), "{error}");
     }
 }

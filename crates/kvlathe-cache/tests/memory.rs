@@ -5,9 +5,7 @@ use std::ptr::null_mut;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use kvlathe_cache::{
-    AttentionOptions, CacheError, Coding, LayerCache, MemoryUse, Policy, TensorView, with_threads,
-};
+use kvlathe_cache::{AttentionOptions, CacheError, Coding, LayerCache, MemoryUse, Policy, TensorView};
 use kvlathe_codec::{Basis, CodecError, LowRank, Storage, StreamSet, Width};
 
 /// Refuses one large allocation: that before which `LEFT` others were granted.
@@ -87,8 +85,8 @@ fn contents(cache: &LayerCache<f32>) -> Contents {
     let n = cache.n_tokens();
     let mut keys = vec![0.0; cache.batch() * HEADS * n * DIM];
     let mut values = keys.clone();
-    cache.read_keys(0..n, &mut keys, n).unwrap();
-    cache.read_values(0..n, &mut values, n).unwrap();
+    cache.read_keys(0..n, &mut keys, n, 1).unwrap();
+    cache.read_values(0..n, &mut values, n, 1).unwrap();
     (n, cache.batch(), cache.n_coded(), keys, values, cache.memory_use())
 }
 
@@ -119,48 +117,41 @@ fn survives<R>(
 // One test: the allocator is the process's.
 #[test]
 fn every_operation_survives_every_failing_allocation() {
-    // One thread, whose buffers are made once, before anything fails.
-    let run = || {
-        let mut n_failed = 0;
-        for (key, value) in [
-            (blocks(), blocks()),
-            (Coding::Exact, low_rank()),
-            (low_rank(), blocks()),
-            (blocks(), Coding::Exact),
-        ] {
-            let fused = matches!((&key, &value), (Coding::Blocks(_), Coding::Blocks(_)));
-            let mut cache = LayerCache::<f32>::new(key, value, POLICY, 2, HEADS, (DIM, DIM)).unwrap();
-            for (n_tokens, seed) in [(700, 1), (1, 2), (300, 3)] {
-                let data = tensor(n_tokens, 2, seed);
-                let view = TensorView::contiguous(&data, [2, HEADS, n_tokens, DIM]).unwrap();
-                n_failed += survives(&mut cache, |cache| cache.append(view, view));
-                n_failed += survives(&mut cache, LayerCache::compress);
-            }
-            assert!(cache.n_coded() >= 7 * BLOCK_LEN);
-            if fused {
-                for n_queries in [1, 300] {
-                    let queries = tensor(n_queries, 2, 4);
-                    let view = TensorView::contiguous(&queries, [2, HEADS, n_queries, DIM]).unwrap();
-                    let out = std::cell::RefCell::new(vec![0.0; queries.len()]);
-                    let options = AttentionOptions { scaling: 0.1, ..AttentionOptions::default() };
-                    let attend =
-                        |cache: &mut LayerCache<f32>| cache.attend(view, options, &mut out.borrow_mut(), 1);
-                    attend(&mut cache).unwrap();
-                    n_failed += survives(&mut cache, attend);
-                }
-            }
-            n_failed += survives(&mut cache, |cache| cache.try_clone());
-            // Beams: another order, then more of them.
-            n_failed += survives(&mut cache, |cache| cache.select(&[1, 0]));
-            n_failed += survives(&mut cache, |cache| cache.select(&[1, 0, 0]));
-            // Into a block.
-            n_failed += survives(&mut cache, |cache| cache.crop(301));
-            n_failed += survives(&mut cache, |cache| cache.crop(400));
-            assert_eq!((cache.n_tokens(), cache.batch()), (300, 3));
+    // On one thread.
+    let mut n_failed = 0;
+    for (key, value) in
+        [(blocks(), blocks()), (Coding::Exact, low_rank()), (low_rank(), blocks()), (blocks(), Coding::Exact)]
+    {
+        let fused = matches!((&key, &value), (Coding::Blocks(_), Coding::Blocks(_)));
+        let mut cache = LayerCache::<f32>::new(key, value, POLICY, 2, HEADS, (DIM, DIM)).unwrap();
+        for (n_tokens, seed) in [(700, 1), (1, 2), (300, 3)] {
+            let data = tensor(n_tokens, 2, seed);
+            let view = TensorView::contiguous(&data, [2, HEADS, n_tokens, DIM]).unwrap();
+            n_failed += survives(&mut cache, |cache| cache.append(view, view));
+            n_failed += survives(&mut cache, |cache| cache.compress(1));
         }
-        n_failed
-    };
-    let n_failed = with_threads(1, run).unwrap();
+        assert!(cache.n_coded() >= 7 * BLOCK_LEN);
+        if fused {
+            for n_queries in [1, 300] {
+                let queries = tensor(n_queries, 2, 4);
+                let view = TensorView::contiguous(&queries, [2, HEADS, n_queries, DIM]).unwrap();
+                let out = std::cell::RefCell::new(vec![0.0; queries.len()]);
+                let options = AttentionOptions { scaling: 0.1, ..AttentionOptions::default() };
+                let attend =
+                    |cache: &mut LayerCache<f32>| cache.attend(view, options, &mut out.borrow_mut(), 1);
+                attend(&mut cache).unwrap();
+                n_failed += survives(&mut cache, attend);
+            }
+        }
+        n_failed += survives(&mut cache, |cache| cache.try_clone());
+        // Beams: another order, then more of them.
+        n_failed += survives(&mut cache, |cache| cache.select(&[1, 0]));
+        n_failed += survives(&mut cache, |cache| cache.select(&[1, 0, 0]));
+        // Into a block.
+        n_failed += survives(&mut cache, |cache| cache.crop(301));
+        n_failed += survives(&mut cache, |cache| cache.crop(400));
+        assert_eq!((cache.n_tokens(), cache.batch()), (300, 3));
+    }
     println!("{n_failed} allocations failed");
     assert!(n_failed > 100, "{n_failed} allocations failed");
 }

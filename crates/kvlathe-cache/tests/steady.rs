@@ -64,7 +64,7 @@ fn steps_allocate_only_the_blocks_that_they_pack() {
     let prompt = vectors(HEADS * 1500, 0);
     let view = TensorView::contiguous(&prompt, [1, HEADS, 1500, DIM]).unwrap();
     cache.append(view, view).unwrap();
-    cache.compress().unwrap();
+    cache.compress(1).unwrap();
 
     let (token, queries) = (vectors(HEADS, 1), vectors(HEADS * GROUP, 2));
     let mut out = vec![0.0; HEADS * GROUP * DIM];
@@ -77,7 +77,7 @@ fn steps_allocate_only_the_blocks_that_they_pack() {
         cache.append(view, view).unwrap();
         let queries = TensorView::contiguous(&queries, [1, HEADS * GROUP, 1, DIM]).unwrap();
         cache.attend(queries, AttentionOptions::default(), &mut out, 1).unwrap();
-        cache.compress().unwrap();
+        cache.compress(1).unwrap();
         let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;
         if step < 2 * BLOCK_LEN {
             continue;

@@ -24,7 +24,7 @@ fn layer_behind(shipped: &Shipped, n_tokens: usize) -> LayerCache<bf16> {
     let mut layer = shipped.layer(&shipped.codings[shipped.codings.len() / 2]);
     for first in (0..n_tokens).step_by(CHUNK) {
         let chunk = shipped.activations(shipped.heads, CHUNK.min(n_tokens - first));
-        shipped.append(&mut layer, &chunk);
+        shipped.append(&mut layer, &chunk, 1);
     }
     layer
 }

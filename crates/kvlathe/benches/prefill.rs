@@ -10,7 +10,7 @@
 mod shipped;
 
 use divan::counter::ItemsCount;
-use kvlathe::cache::{AttentionOptions, TensorView, with_threads};
+use kvlathe::cache::{AttentionOptions, TensorView};
 use shipped::{CHUNK, Shipped};
 
 const N_CHUNKS: usize = 4;
@@ -19,10 +19,10 @@ fn main() {
     divan::main();
 }
 
-fn prefill(shipped: &Shipped, chunk: &[f32]) {
+fn prefill(shipped: &Shipped, chunk: &[f32], n_threads: usize) {
     for coding in &shipped.codings {
         let mut layer = shipped.layer(coding);
-        (0..N_CHUNKS).for_each(|_| shipped.append(&mut layer, chunk));
+        (0..N_CHUNKS).for_each(|_| shipped.append(&mut layer, chunk, n_threads));
         divan::black_box(layer.memory_use());
     }
 }
@@ -31,9 +31,7 @@ fn prefill(shipped: &Shipped, chunk: &[f32]) {
 fn smollm2(bencher: divan::Bencher<'_, '_>, n_threads: usize) {
     let shipped = Shipped::read();
     let chunk = shipped.activations(shipped.heads, CHUNK);
-    bencher
-        .counter(ItemsCount::new(CHUNK * N_CHUNKS))
-        .bench(|| with_threads(n_threads, || prefill(&shipped, &chunk)).expect("threads"));
+    bencher.counter(ItemsCount::new(CHUNK * N_CHUNKS)).bench(|| prefill(&shipped, &chunk, n_threads));
 }
 
 /// Query heads that share a KV head.
@@ -44,7 +42,7 @@ fn attend<const N_TOKENS: usize>(bencher: divan::Bencher<'_, '_>, n_threads: usi
     let shipped = Shipped::read();
     let mut layer = shipped.layer(&shipped.codings[shipped.codings.len() / 2]);
     for _ in 0..N_TOKENS / CHUNK {
-        shipped.append(&mut layer, &shipped.activations(shipped.heads, CHUNK));
+        shipped.append(&mut layer, &shipped.activations(shipped.heads, CHUNK), 1);
     }
     let query_heads = shipped.heads * GROUP;
     let queries: Vec<f32> = shipped.activations(query_heads, CHUNK);

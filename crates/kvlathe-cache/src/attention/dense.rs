@@ -13,9 +13,9 @@ use super::Call;
 use super::head::{Head, Place};
 use super::partial::Partial;
 use super::visibility::Sight;
-use super::workspace::{BUFFERS, Workspace, with_workspace};
 use crate::error::Result;
 use crate::threads::for_each_task;
+use crate::workspace::{BUFFERS, Workspace, with_workspace};
 
 /// Parts of queries that each thread should have to choose from, for balance.
 const PARTS_PER_THREAD: usize = 2;

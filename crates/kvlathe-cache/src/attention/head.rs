@@ -10,9 +10,9 @@ use kvlathe_codec::{
 use super::AttentionOptions;
 use super::partial::Partial;
 use super::visibility::Visibility;
-use super::workspace::{BUFFERS, TileSums, Workspace};
 use crate::error::Result;
 use crate::side::SideRow;
+use crate::workspace::{BUFFERS, TileSums, Workspace};
 
 /// Exact tokens that are multiplied together: their keys and values stay in the second-level cache.
 const TILE_TOKENS: usize = 256;

@@ -8,7 +8,6 @@ mod head;
 mod packed;
 mod partial;
 mod visibility;
-mod workspace;
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -18,10 +17,10 @@ use kvlathe_codec::{Element, Lines, StreamSet};
 use crate::error::{CacheError, Result};
 use crate::layer::LayerCache;
 use crate::view::TensorView;
+use crate::workspace::with_workspace;
 use head::Head;
 use partial::Partial;
 use visibility::{Visibility, spans};
-use workspace::with_workspace;
 
 /// Multiply-adds that one thread does in the time it takes to wake another.
 const WORTH_WAKING: usize = 500_000;

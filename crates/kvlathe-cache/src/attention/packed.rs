@@ -8,9 +8,9 @@ use kvlathe_codec::{Element, Queries, memory};
 use super::Call;
 use super::head::BlockRun;
 use super::partial::Partial;
-use super::workspace::with_workspace;
 use crate::error::{CacheError, Result};
 use crate::threads::for_each_task;
+use crate::workspace::with_workspace;
 
 /// Of a thread's share of the packed blocks, the largest and the smallest part: threads begin with large ones, for few
 /// starts, and end with small ones, so that none waits long for another (guided self-scheduling: Polychronopoulos and

@@ -41,12 +41,12 @@ impl Shipped {
             .collect()
     }
 
-    /// Appends `data` as keys and as values, and codes what has left the tail.
-    pub fn append<E: Element>(&self, layer: &mut LayerCache<E>, data: &[E]) {
+    /// Appends `data` as keys and as values, and codes what has left the tail on so many threads.
+    pub fn append<E: Element>(&self, layer: &mut LayerCache<E>, data: &[E], n_threads: usize) {
         let n_tokens = data.len() / (self.heads * self.head_dim);
         let view =
             TensorView::contiguous(data, [1, self.heads, n_tokens, self.head_dim]).expect("whole tokens");
         layer.append(view, view).expect("finite values");
-        layer.compress().expect("encodable values");
+        layer.compress(n_threads).expect("encodable values");
     }
 }

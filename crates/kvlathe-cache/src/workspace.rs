@@ -5,30 +5,30 @@ use std::cell::RefCell;
 use kvlathe_codec::{Lines, RotationWalk, Scratch};
 
 /// What the buffers are called when there is no memory for them.
-pub(super) const BUFFERS: &str = "attention's buffers";
+pub(crate) const BUFFERS: &str = "a thread's buffers";
 
 /// What one tile adds.
 #[derive(Default)]
-pub(super) struct TileSums {
+pub(crate) struct TileSums {
     /// `[queries]`: the factor on what was summed before.
-    pub(super) rescale: Lines<f32>,
+    pub(crate) rescale: Lines<f32>,
     /// `[queries, value_dim]`.
-    pub(super) added: Lines<f32>,
+    pub(crate) added: Lines<f32>,
 }
 
 #[derive(Default)]
-pub(super) struct Workspace {
-    pub(super) scratch: Scratch,
-    /// From block to block of one part.
-    pub(super) walk: Option<RotationWalk>,
-    /// `[queries, tokens]` of one part.
-    pub(super) scores: Lines<f32>,
+pub(crate) struct Workspace {
+    pub(crate) scratch: Scratch,
+    /// From block to block of one part of attention.
+    pub(crate) walk: Option<RotationWalk>,
+    /// `[queries, tokens]` of that part.
+    pub(crate) scores: Lines<f32>,
     /// Exact keys or values that are not float32 already.
-    pub(super) wide: Lines<f32>,
-    pub(super) sums: TileSums,
+    pub(crate) wide: Lines<f32>,
+    pub(crate) sums: TileSums,
     /// Keys of a tile, component-major, and its values, token-major.
-    pub(super) tile_keys: Lines<f32>,
-    pub(super) tile_values: Lines<f32>,
+    pub(crate) tile_keys: Lines<f32>,
+    pub(crate) tile_values: Lines<f32>,
 }
 
 thread_local! {
@@ -36,6 +36,6 @@ thread_local! {
 }
 
 /// Runs one task with this thread's buffers.
-pub(super) fn with_workspace<R>(task: impl FnOnce(&mut Workspace) -> R) -> R {
+pub(crate) fn with_workspace<R>(task: impl FnOnce(&mut Workspace) -> R) -> R {
     WORKSPACE.with_borrow_mut(task)
 }
