@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kvlathe::cache::{CacheError, Coding, TensorView, with_threads};
+use kvlathe::cache::{CacheError, Coding, TensorView};
 use kvlathe::codec::{Element, LowRank, Pairing, Scratch, Storage, StreamSet, Tokens, best_isa};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -282,13 +282,4 @@ impl LowRankCodec {
         }
         Ok(())
     }
-}
-
-/// Runs `work` in the library's threads without the GIL.
-pub(crate) fn in_pool<R: Send>(
-    py: Python<'_>,
-    n_threads: usize,
-    work: impl FnOnce() -> R + Send,
-) -> PyResult<R> {
-    py.detach(|| with_threads(n_threads, work)).map_err(to_python)
 }

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
+use kvlathe::cache::with_threads;
 use kvlathe::calib::{DesignOptions, ModelMoments, ModelShape, Side, Window};
 use kvlathe::codec::{Pairing, Rope};
 use pyo3::prelude::*;
 
-use crate::codec::in_pool;
 use crate::error::{exception, to_python};
 use crate::preset::{Preset, meta_from_json};
 use crate::tensor::RawTensor;
@@ -129,4 +129,9 @@ impl Moments {
         .map_err(to_python)?;
         kvlathe::preset_from_design(meta, self.0.shape(), designs).map(Preset).map_err(to_python)
     }
+}
+
+/// Runs `work` in the library's threads without the GIL.
+fn in_pool<R: Send>(py: Python<'_>, n_threads: usize, work: impl FnOnce() -> R + Send) -> PyResult<R> {
+    py.detach(|| with_threads(n_threads, work)).map_err(to_python)
 }

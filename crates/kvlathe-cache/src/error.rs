@@ -62,7 +62,7 @@ pub enum CacheError {
     NotFused,
     /// The system starts no more threads.
     #[error(
-        "cannot start {n_threads} threads ({reason}); the cache is as it was, so raise the process's limits or ask for fewer threads and try again"
+        "cannot start {n_threads} threads ({reason}); nothing was done, so raise the process's limits or ask for fewer threads and try again"
     )]
     Threads {
         /// How many were asked for.
