@@ -155,8 +155,8 @@ def test_a_cache_survives_the_end_of_memory(
     record_property("calls without memory", n_refused)
 
 
-# Little beyond what the process has: the next thread's stack finds no room. In a child there is no team to borrow, and the
-# parent has had no threads whose stacks it could take over.
+# Little beyond what the process has: the next thread's stack finds no room. In a child there is no team to borrow,
+# and the parent has had no threads whose stacks it could take over.
 _NO_THREADS = """
 import json, os, resource, sys, traceback
 import torch
