@@ -6,8 +6,6 @@ or a drift that lies on the border of two codes may fall to the other side; ever
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -35,25 +33,10 @@ def can_be_coded(x: Tensor) -> bool:
     return bool((x.abs() <= min(MAX_MAGNITUDE, torch.finfo(x.dtype).max)).all())
 
 
-@dataclass(frozen=True)
-class _Head:
-    """Tables of one stream, on the device. See the native `StreamTables` for units.
-
-    Coefficients are in the order of storage: those with drift only follow the ``n_coded`` ones that have rows.
-    """
-
-    widths: tuple[int, ...]  # [n_coded]
-    analysis: Tensor  # [D, D]
-    synthesis: Tensor  # [D, D]
-    coded_mean: Tensor  # [D, block_len]
-    shape_mean: Tensor  # [D, block_len]
-    drift_units: Tensor  # [D]
-    step_cost: Tensor  # [n_coded]
-    half: Tensor  # [n_coded], half the number of levels
-
-
 class TorchStreamCodec:
-    """Encodes and decodes packed blocks with torch operations on one device.
+    """Encodes and decodes packed blocks with torch operations on one device, all heads at once.
+
+    Coefficients are in the order of storage: those with drift only follow those that have rows.
 
     Args:
         codec: the native codec whose tables are copied.
@@ -61,12 +44,37 @@ class TorchStreamCodec:
     """
 
     def __init__(self, codec: StreamSetCodec, device: torch.device) -> None:
-        self.block_len, self.head_dim = codec.block_len, codec.head_dim
+        self.block_len, self.head_dim, self.n_heads = codec.block_len, codec.head_dim, codec.n_heads
         self.block_bytes = codec.block_bytes
-        self._drift_at = _HEADER_BYTES + self.block_len
-        self._rows_at = self._drift_at + (self.head_dim + 1) // 2
         self._device = device
-        self._heads = [self._load(codec, head) for head in range(codec.n_heads)]
+        self._rope = codec.rope
+        heads = [codec.tables(head) for head in range(codec.n_heads)]
+
+        def table(name: str, *shape: int) -> Tensor:
+            """[n_heads, *shape] of the native tables `name`; see `StreamTables` for their units."""
+            values = [torch.frombuffer(bytearray(tables[name]), dtype=torch.float32) for tables in heads]
+            return torch.stack(values).view(len(heads), *shape).to(device)
+
+        d, n = self.head_dim, self.block_len
+        # Of all heads, laid out to multiply and be added to [..., n_heads, block_len, D].
+        self._analysis = table("analysis", d, d).transpose(1, 2).contiguous()
+        self._synthesis = table("synthesis", d, d).transpose(1, 2).contiguous()
+        self._coded_mean = table("coded_mean", d, n).transpose(1, 2).contiguous()
+        self._shape_mean = table("shape_mean", d, n).transpose(1, 2).contiguous()
+        self._drift_units = table("drift_units", 1, d)
+        self._step_cost = table("step_cost", 1, d)
+        widths = torch.tensor([list(tables["widths"]) for tables in heads])
+        coded = widths > 0
+        half = torch.where(coded, 2.0 ** (widths - 1), torch.zeros(()))[:, None]
+        # Half the number of levels, and what makes one of |z|; 0 where there is no row, which makes all codes 0.
+        self._half = half.to(device)
+        self._per_half = torch.where(half > 0, 1.0 / half, half).to(device)
+        self._most_level = (half - 1.0).clamp_min(0.0).to(device)
+        # The middle of a code's interval, less the code.
+        self._to_level = torch.where(coded, 0.5, 0.0)[:, None].to(device) - self._half
+        self._coded = coded.to(torch.float32)[:, None].to(device)
+        self._layout = _Layout(widths, self.block_len, device)
+        assert self._layout.block_bytes == self.block_bytes
         # MPS has no float64: tables are made on the CPU.
         codes = torch.arange(_MOST_GAIN_CODE + 1, dtype=torch.float64)
         gains = torch.exp2((codes - _GAIN_CODE_OF_ONE) / _GAIN_CODES_PER_OCTAVE)
@@ -75,74 +83,43 @@ class TorchStreamCodec:
         self._scales = torch.tensor(_GUARD_SCALES, dtype=torch.float32, device=device)
         # What each spacing reaches below a block's gain.
         self._reaches = _MOST_FALL << torch.arange(16, device=device)
-        self._rope = codec.rope
-
-    def _load(self, codec: StreamSetCodec, head: int) -> _Head:
-        tables = codec.tables(head)
-        widths = tuple(width for width in tables["widths"] if width)
-        d, n = codec.head_dim, codec.block_len
-
-        def table(name: str, *shape: int) -> Tensor:
-            values = torch.frombuffer(bytearray(tables[name]), dtype=torch.float32)
-            return values.view(*shape).to(self._device)
-
-        return _Head(
-            widths=widths,
-            analysis=table("analysis", d, d),
-            synthesis=table("synthesis", d, d),
-            coded_mean=table("coded_mean", d, n),
-            shape_mean=table("shape_mean", d, n),
-            drift_units=table("drift_units", d),
-            step_cost=table("step_cost", d)[: len(widths)],
-            half=torch.tensor([2.0 ** (w - 1) for w in widths], device=self._device),
-        )
 
     def _turn(self, x: Tensor, position: int, direction: int) -> Tensor:
-        """Rotate blocks x[..., n_blocks, block_len, D] by R(±c), c their centres."""
+        """Rotate blocks x[..., n_blocks, n_heads, block_len, D] by R(±c), c their centres."""
         if self._rope is None:
             return x
         pairing, rotary_dim, inv_freq = self._rope
-        n_blocks = x.shape[-3]
-        centres = (
-            position + self.block_len // 2 + self.block_len * torch.arange(n_blocks, dtype=torch.float64)
-        )
-        angles = direction * centres[:, None] * torch.tensor(inv_freq, dtype=torch.float64)
-        cos, sin = (t.to(torch.float32).to(x.device)[:, None, :] for t in (angles.cos(), angles.sin()))
-        x = x.clone()
-        rotated = x[..., :rotary_dim]
+        where = torch.device("cpu") if x.device.type == "mps" else x.device  # which has no float64
+        frequencies = torch.tensor(inv_freq, dtype=torch.float64, device=where)
+        first = position + self.block_len // 2
+        centres = first + self.block_len * torch.arange(x.shape[-4], dtype=torch.float64, device=where)
+        angles = direction * centres[:, None] * frequencies
+        cos, sin = (t.to(torch.float32).to(x.device)[:, None, None, :] for t in (angles.cos(), angles.sin()))
+        rotated, rest = x[..., :rotary_dim], x[..., rotary_dim:]
         if pairing == "half_split":
-            a, b = rotated[..., : rotary_dim // 2].clone(), rotated[..., rotary_dim // 2 :].clone()
-            rotated[..., : rotary_dim // 2] = a * cos - b * sin
-            rotated[..., rotary_dim // 2 :] = b * cos + a * sin
-        else:
-            a, b = rotated[..., 0::2].clone(), rotated[..., 1::2].clone()
-            rotated[..., 0::2] = a * cos - b * sin
-            rotated[..., 1::2] = b * cos + a * sin
-        return x
+            a, b = rotated.chunk(2, dim=-1)
+            return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+        a, b = rotated[..., 0::2], rotated[..., 1::2]
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+        return torch.cat([turned, rest], dim=-1)
 
     def encode(self, x: Tensor, position: int) -> Tensor:
         """[B, H, n_tokens, D] to uint8 [B, n_blocks, block bytes]. See `StreamSetCompressor.compress`."""
         if not can_be_coded(x):
             raise NonFiniteError("vectors hold NaN, infinity or a magnitude above 1e17")
-        batch, heads, n_tokens, d = x.shape
-        blocks = x.to(torch.float32).view(batch, heads, n_tokens // self.block_len, self.block_len, d)
+        blocks = x.to(torch.float32).unflatten(2, (-1, self.block_len)).transpose(1, 2)
         blocks = self._turn(blocks, position, -1)
-        return torch.cat(
-            [self._encode_head(head, blocks[:, h]) for h, head in enumerate(self._heads)], dim=-1
-        )
-
-    def _encode_head(self, head: _Head, x: Tensor) -> Tensor:
-        n_coded = len(head.widths)
-        packed_header, falls, gain = self._choose_gains(x.square().sum(-1) / self.head_dim)
-        z = (x @ head.analysis.T) * (1.0 / gain)[..., None] - head.coded_mean.T
+        header, falls, gain = self._choose_gains(blocks.square().sum(-1) / self.head_dim)
+        z = (blocks @ self._analysis) * (1.0 / gain)[..., None] - self._coded_mean
         z = torch.where((gain > 0)[..., None], z, torch.zeros_like(z))
-        drift = self._choose_drift(head, z)
-        z = (z - self._drift(head, drift))[..., :n_coded]
-        guard = self._choose_guard(head, z)
-        codes = self._quantise(head, z, self._scales[guard]).to(torch.uint8)
+        drift = self._choose_drift(z)
+        z = (z - self._drift(drift)) * self._coded
+        guard = self._choose_guard(z)
+        codes = self._quantise(z, self._scales[guard]).to(torch.uint8)
         side = (falls | (guard << 4)).to(torch.uint8)
-        rows = [_pack_row(width, codes[..., i]) for i, width in enumerate(head.widths)]
-        return torch.cat([packed_header, side, _pack_drift(drift), *rows], dim=-1)
+        return self._layout.pack(
+            torch.cat([header, side, _pack_drift(drift)], dim=-1), codes.transpose(-1, -2)
+        )
 
     def _choose_gains(self, mean_square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A block's header [..., 2], its tokens' falls [..., block_len], and the gains γ̂ that these stand for."""
@@ -164,71 +141,107 @@ class TorchStreamCodec:
         codes = (largest - (falls << spacing)).clamp_min(1)
         return self._gains[torch.where(falls == _FALL_OF_ZERO, torch.zeros_like(codes), codes)]
 
-    def _choose_drift(self, head: _Head, z: Tensor) -> Tensor:
+    def _choose_drift(self, z: Tensor) -> Tensor:
         """Codes [..., 1, D] of the drift of z[..., block_len, D]: the mean over the block, outliers clamped."""
-        reach = head.drift_units * (_DRIFT_REACH / _DRIFT_STEP)
+        reach = self._drift_units * (_DRIFT_REACH / _DRIFT_STEP)
         total = torch.minimum(torch.maximum(z, -reach), reach).sum(-2, keepdim=True)
-        level = torch.floor(total * (1.0 / (head.drift_units * self.block_len)) + 0.5)
+        level = torch.floor(total * (1.0 / (self._drift_units * self.block_len)) + 0.5)
         return level.clamp(-_DRIFT_HALF, _DRIFT_HALF - 1).to(torch.int64) + _DRIFT_HALF
 
-    def _drift(self, head: _Head, codes: Tensor) -> Tensor:
-        """What drift codes stand for, in steps."""
-        return (codes - _DRIFT_HALF) * head.drift_units
+    def _drift(self, codes: Tensor) -> Tensor:
+        """What drift codes [..., 1, D] stand for, in steps."""
+        return (codes - _DRIFT_HALF) * self._drift_units
 
-    def _quantise(self, head: _Head, z: Tensor, scale: Tensor) -> Tensor:
+    def _quantise(self, z: Tensor, scale: Tensor) -> Tensor:
         levels = torch.floor(z * (1.0 / scale)[..., None])
-        return torch.minimum(torch.maximum(levels, -head.half), head.half - 1.0) + head.half
+        return torch.minimum(torch.maximum(levels, -self._half), self._most_level) + self._half
 
-    def _choose_guard(self, head: _Head, z: Tensor) -> Tensor:
+    def _choose_guard(self, z: Tensor) -> Tensor:
         """The guard code of least weighted error among the smallest that clips nothing and those just below."""
-        if not head.widths:
-            return torch.zeros(z.shape[:-1], dtype=torch.int64, device=z.device)
-        ratio = (z.abs() * (1.0 / head.half)).amax(-1)
+        ratio = (z.abs() * self._per_half).amax(-1)
         safe = torch.searchsorted(self._scales, ratio.contiguous()).clamp_max(len(_GUARD_SCALES) - 1)
         best, best_cost = safe, torch.full_like(ratio, torch.inf)
         for below in range(_GUARD_CANDIDATES):
             guard = (safe - below).clamp_min(0)
             scale = self._scales[guard]
-            levels = self._quantise(head, z, scale) + (0.5 - head.half)
-            cost = ((z - levels * scale[..., None]).square() * head.step_cost).sum(-1)
+            levels = self._quantise(z, scale) + self._to_level
+            cost = ((z - levels * scale[..., None]).square() * self._step_cost).sum(-1)
             better = cost < best_cost
             best, best_cost = torch.where(better, guard, best), torch.where(better, cost, best_cost)
         return best
 
     def decode(self, packed: Tensor, position: int, dtype: torch.dtype) -> Tensor:
         """uint8 [B, n_blocks, block bytes] to [B, H, n_tokens, D]. See `StreamSetCompressor.expand`."""
-        batch, n_blocks, _ = packed.shape
-        outputs, at = [], 0
-        for head in self._heads:
-            n_bytes = self._rows_at + sum(self.block_len * width // 8 for width in head.widths)
-            outputs.append(self._decode_head(head, packed[..., at : at + n_bytes]))
-            at += n_bytes
-        x = self._turn(torch.stack(outputs, dim=1), position, +1)
-        x = x.view(batch, len(self._heads), n_blocks * self.block_len, self.head_dim)
+        sides, codes = self._layout.unpack(packed)
+        stated, side, drift = sides.split([_HEADER_BYTES, self.block_len, (self.head_dim + 1) // 2], dim=-1)
+        stated, side = stated.to(torch.int64), side.to(torch.int64)
+        stated = stated[..., :1] | (stated[..., 1:] << 8)
+        gain, scale = self._gain(stated & 4095, stated >> 12, side & 15), self._scales[side >> 4]
+        z = codes.transpose(-1, -2) + self._to_level
+        z = z * scale[..., None] + self._drift(_unpack_drift(drift, self.head_dim).to(torch.int64))
+        x = self._turn((z @ self._synthesis + self._shape_mean) * gain[..., None], position, +1)
         if dtype == torch.float16:
             x = x.clamp(-65504.0, 65504.0)
-        return x.to(dtype)
+        return x.to(dtype).transpose(1, 2).flatten(2, 3)
 
-    def _decode_head(self, head: _Head, packed: Tensor) -> Tensor:
-        n = self.block_len
-        stated, side = (
-            packed[..., :_HEADER_BYTES].to(torch.int64),
-            packed[..., _HEADER_BYTES : self._drift_at],
+
+class _Layout:
+    """Where the parts of all heads lie in a block: sides first (header, side information, drift), then rows.
+
+    Rows of one width are packed and unpacked together, whatever their heads.
+
+    Args:
+        widths: [n_heads, D], in the order of storage.
+    """
+
+    def __init__(self, widths: Tensor, block_len: int, device: torch.device) -> None:
+        n_heads, d = widths.shape
+        self._shape = (n_heads, d, block_len)
+        side_bytes = _HEADER_BYTES + block_len + (d + 1) // 2
+        row_bytes = widths * block_len // 8
+        head_bytes = side_bytes + row_bytes.sum(1)
+        head_at = head_bytes.cumsum(0) - head_bytes
+        row_at = head_at[:, None] + side_bytes + row_bytes.cumsum(1) - row_bytes
+        self.block_bytes = int(head_bytes.sum())
+        # Bytes of the block in the order in which they are packed and unpacked: sides, then rows by width.
+        parts = [(head_at[:, None] + torch.arange(side_bytes)).flatten()]
+        self._side_bytes = side_bytes
+        self._groups: list[tuple[int, int]] = []  # (width, number of rows)
+        rows = []  # which of the n_heads·D coefficients
+        for width in sorted(set(widths.flatten().tolist())):
+            of_width = (widths.flatten() == width).nonzero()[:, 0]
+            rows.append(of_width)
+            self._groups.append((width, len(of_width)))
+            starts = row_at.flatten()[of_width]
+            parts.append((starts[:, None] + torch.arange(width * block_len // 8)).flatten())
+        order, coefficients = torch.cat(parts), torch.cat(rows)
+        self._bytes, self._bytes_back = order.to(device), order.argsort().to(device)
+        self._rows, self._rows_back = coefficients.to(device), coefficients.argsort().to(device)
+
+    def pack(self, sides: Tensor, codes: Tensor) -> Tensor:
+        """Sides [..., n_heads, side bytes] and codes [..., n_heads, D, block_len], uint8, to [..., block bytes]."""
+        parts = [sides.flatten(-2)]
+        by_width = (
+            codes.flatten(-3, -2).index_select(-2, self._rows).split([n for _, n in self._groups], dim=-2)
         )
-        stated, side = stated[..., :1] | (stated[..., 1:] << 8), side.to(torch.int64)
-        gain, scale = self._gain(stated & 4095, stated >> 12, side & 15), self._scales[side >> 4]
-        drift = _unpack_drift(packed[..., self._drift_at : self._rows_at], self.head_dim)
-        z = self._drift(head, drift.to(torch.int64)).expand(*gain.shape, -1)
-        at, levels = self._rows_at, []
-        for width in head.widths:
-            row = packed[..., at : at + n * width // 8]
-            levels.append(_unpack_row(width, row).to(torch.float32) + (0.5 - 2.0 ** (width - 1)))
-            at += n * width // 8
-        if levels:
-            n_coded = len(levels)
-            coded = torch.stack(levels, dim=-1) * scale[..., None] + z[..., :n_coded]
-            z = torch.cat([coded, z[..., n_coded:]], dim=-1)
-        return (z @ head.synthesis.T + head.shape_mean.T) * gain[..., None]
+        for (width, _), group in zip(self._groups, by_width, strict=True):
+            if width:
+                parts.append(_pack_rows(width, group).flatten(-2))
+        return torch.cat(parts, dim=-1).index_select(-1, self._bytes_back)
+
+    def unpack(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """The way back: sides and codes."""
+        n_heads, d, block_len = self._shape
+        sizes = [n_heads * self._side_bytes, *(n * width * block_len // 8 for width, n in self._groups)]
+        sides, *rows = packed.index_select(-1, self._bytes).split(sizes, dim=-1)
+        codes = [
+            _unpack_rows(width, group.unflatten(-1, (n, -1)))
+            if width
+            else packed.new_zeros(*packed.shape[:-1], n, block_len)
+            for (width, n), group in zip(self._groups, rows, strict=True)
+        ]
+        together = torch.cat(codes, dim=-2).index_select(-2, self._rows_back)
+        return sides.unflatten(-1, (n_heads, -1)), together.unflatten(-2, (n_heads, d))
 
 
 def _pack_drift(codes: Tensor) -> Tensor:
@@ -242,29 +255,29 @@ def _unpack_drift(packed: Tensor, head_dim: int) -> Tensor:
     return torch.cat([packed & 15, packed >> 4], dim=-1)[..., None, :head_dim]
 
 
-def _pack_row(width: int, codes: Tensor) -> Tensor:
-    """Codes [..., n] of one coefficient to its row [..., n·width/8]."""
+def _pack_rows(width: int, codes: Tensor) -> Tensor:
+    """Codes [..., n] of coefficients to their rows [..., n·width/8]."""
     if width == 3:
         return torch.cat([_pack_runs(2, codes & 3), _pack_runs(1, codes >> 2)], dim=-1)
     return _pack_runs(width, codes)
 
 
-def _unpack_row(width: int, row: Tensor) -> Tensor:
+def _unpack_rows(width: int, rows: Tensor) -> Tensor:
     if width == 3:
-        n_low = row.shape[-1] // 3 * 2
-        return _unpack_runs(2, row[..., :n_low]) | (_unpack_runs(1, row[..., n_low:]) << 2)
-    return _unpack_runs(width, row)
+        n_low = rows.shape[-1] // 3 * 2
+        return _unpack_runs(2, rows[..., :n_low]) | (_unpack_runs(1, rows[..., n_low:]) << 2)
+    return _unpack_runs(width, rows)
 
 
 def _pack_runs(bits: int, codes: Tensor) -> Tensor:
     """Codes [..., n] of so many bits to [..., n·bits/8]: runs of tokens side by side in a byte."""
     runs = codes.unflatten(-1, (8 // bits, -1))
-    row = runs[..., 0, :]
+    rows = runs[..., 0, :]
     for k in range(1, 8 // bits):
-        row = row | (runs[..., k, :] << (bits * k))
-    return row
+        rows = rows | (runs[..., k, :] << (bits * k))
+    return rows
 
 
-def _unpack_runs(bits: int, row: Tensor) -> Tensor:
+def _unpack_runs(bits: int, rows: Tensor) -> Tensor:
     mask = (1 << bits) - 1
-    return torch.cat([(row >> (bits * k)) & mask for k in range(8 // bits)], dim=-1)
+    return torch.cat([(rows >> (bits * k)) & mask for k in range(8 // bits)], dim=-1)
