@@ -1,7 +1,7 @@
 """Decode steps, prefill and memory on a GPU: the stock cache and ours, in turns.
 
-The model has SmolLM2-135M's shape and random weights: time and memory do not depend on what they are, quality is not looked
-at. Results for docs/speed.md: ``python benches/gpu_decode.py``.
+The model has the shape of SmolLM2-135M and random weights, which neither time nor memory depends on.
+The table in docs/speed.md: ``python benches/gpu_decode.py``.
 """
 
 from __future__ import annotations
@@ -94,11 +94,11 @@ def main() -> None:
             for name, results in found.items():
                 results.append(measure(model, cache_of(name, model, preset), n_tokens, args.steps))
         for name, results in found.items():
-            steps = sorted(s for _, _, of_round in results for s in of_round)
+            held_bytes, fill = (statistics.median(result[i] for result in results) for i in (0, 1))
+            steps = sorted(step for _, _, of_round in results for step in of_round)
             print(
-                f"{n_tokens:6,} tokens  {name:5}  {statistics.median(r[0] for r in results) / 1e6:7.1f} MB held  "
-                f"prefill {statistics.median(r[1] for r in results):6.2f} s  step {statistics.median(steps) * 1e3:7.1f} ms "
-                f"({steps[0] * 1e3:.1f} to {steps[-1] * 1e3:.1f})",
+                f"{n_tokens:6,} tokens  {name:5}  {held_bytes / 1e6:7.1f} MB held  prefill {fill:6.2f} s  "
+                f"step {statistics.median(steps) * 1e3:7.1f} ms ({steps[0] * 1e3:.1f} to {steps[-1] * 1e3:.1f})",
                 flush=True,
             )
 
