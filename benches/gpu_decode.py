@@ -78,6 +78,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns that each cache gets (default 3)")
     parser.add_argument("--steps", type=int, default=8, help="decode steps a round (default 8)")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("torch finds no GPU here: nothing measured (--device cpu tries the script)")
+        return
 
     warnings.simplefilter("ignore", UnverifiedPresetWarning)
     model = smollm2_shape().to(args.device)
