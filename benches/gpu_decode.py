@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Decode steps, prefill and memory on a GPU: the stock cache and ours, in turns.
 
 The model has the shape of SmolLM2-135M and random weights, which neither time nor memory depends on.

@@ -44,10 +44,8 @@ class TorchStreamCodec:
     """
 
     def __init__(self, codec: StreamSetCodec, device: torch.device) -> None:
-        self.block_len, self.head_dim, self.n_heads = codec.block_len, codec.head_dim, codec.n_heads
+        self.block_len, self.head_dim = codec.block_len, codec.head_dim
         self.block_bytes = codec.block_bytes
-        self._device = device
-        self._rope = codec.rope
         heads = [codec.tables(head) for head in range(codec.n_heads)]
 
         def table(name: str, *shape: int) -> Tensor:
@@ -62,7 +60,6 @@ class TorchStreamCodec:
         self._coded_mean = table("coded_mean", d, n).transpose(1, 2).contiguous()
         self._shape_mean = table("shape_mean", d, n).transpose(1, 2).contiguous()
         self._drift_units = table("drift_units", 1, d)
-        self._step_cost = table("step_cost", 1, d)
         widths = torch.tensor([list(tables["widths"]) for tables in heads])
         coded = widths > 0
         half = torch.where(coded, 2.0 ** (widths - 1), torch.zeros(()))[:, None]
@@ -72,10 +69,14 @@ class TorchStreamCodec:
         self._most_level = (half - 1.0).clamp_min(0.0).to(device)
         # The middle of a code's interval, less the code.
         self._to_level = torch.where(coded, 0.5, 0.0)[:, None].to(device) - self._half
-        self._coded = coded.to(torch.float32)[:, None].to(device)
+        self._step_cost = table("step_cost", 1, d) * (self._half > 0)
         self._layout = _Layout(widths, self.block_len, device)
         assert self._layout.block_bytes == self.block_bytes
-        # MPS has no float64: tables are made on the CPU.
+        # MPS has no float64: what needs it is made on the CPU.
+        self._rope = codec.rope
+        if self._rope is not None:
+            exact = torch.device("cpu") if device.type == "mps" else device
+            self._inv_freq = torch.tensor(self._rope[2], dtype=torch.float64, device=exact)
         codes = torch.arange(_MOST_GAIN_CODE + 1, dtype=torch.float64)
         gains = torch.exp2((codes - _GAIN_CODE_OF_ONE) / _GAIN_CODES_PER_OCTAVE)
         gains[0] = 0.0
@@ -88,12 +89,10 @@ class TorchStreamCodec:
         """Rotate blocks x[..., n_blocks, n_heads, block_len, D] by R(±c), c their centres."""
         if self._rope is None:
             return x
-        pairing, rotary_dim, inv_freq = self._rope
-        where = torch.device("cpu") if x.device.type == "mps" else x.device  # which has no float64
-        frequencies = torch.tensor(inv_freq, dtype=torch.float64, device=where)
-        first = position + self.block_len // 2
-        centres = first + self.block_len * torch.arange(x.shape[-4], dtype=torch.float64, device=where)
-        angles = direction * centres[:, None] * frequencies
+        pairing, rotary_dim, _ = self._rope
+        blocks = torch.arange(x.shape[-4], dtype=torch.float64, device=self._inv_freq.device)
+        centres = position + self.block_len // 2 + self.block_len * blocks
+        angles = direction * centres[:, None] * self._inv_freq
         cos, sin = (t.to(torch.float32).to(x.device)[:, None, None, :] for t in (angles.cos(), angles.sin()))
         rotated, rest = x[..., :rotary_dim], x[..., rotary_dim:]
         if pairing == "half_split":
@@ -113,7 +112,7 @@ class TorchStreamCodec:
         z = (blocks @ self._analysis) * (1.0 / gain)[..., None] - self._coded_mean
         z = torch.where((gain > 0)[..., None], z, torch.zeros_like(z))
         drift = self._choose_drift(z)
-        z = (z - self._drift(drift)) * self._coded
+        z = z - self._drift(drift)
         guard = self._choose_guard(z)
         codes = self._quantise(z, self._scales[guard]).to(torch.uint8)
         side = (falls | (guard << 4)).to(torch.uint8)
