@@ -1,5 +1,6 @@
 //! Attention from packed blocks against attention over the same tokens, decoded and held exactly.
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use kvlathe::cache::{AttentionOptions, Coding, LayerCache, Policy, TensorView};
@@ -38,7 +39,7 @@ pub(crate) fn run(bytes: &[u8]) {
         cache.compress(1).expect("it can be coded");
         cache
     };
-    let packed = cache(policy, &keys, &values);
+    let mut packed = cache(policy, &keys, &values);
     packed.read_keys(0..n, &mut keys, n, 1).expect("it fits");
     packed.read_values(0..n, &mut values, n, 1).expect("it fits");
     let never = Policy { compress_start_len: usize::MAX, ..policy };
@@ -51,12 +52,14 @@ pub(crate) fn run(bytes: &[u8]) {
     let q_shape = [batch, heads * group, n_queries, d];
     let q_size = source.one_of(&[1.0, 0.1, 0.01]) / size;
     let queries = source.repeat(q_shape.iter().product(), |s| s.small() * q_size);
-    let mask = source.any::<bool>().then(|| source.repeat(batch * n_queries * n, Source::any::<u8>));
+    let window = source.any::<bool>().then(|| 1 + source.below(n)).and_then(NonZeroUsize::new);
+    let n_seen = AttentionOptions { window, ..Default::default() }.seen(n_queries, n).len();
+    let mask = source.any::<bool>().then(|| source.repeat(batch * n_queries * n_seen, Source::any::<u8>));
     let sink_scores = source.any::<bool>().then(|| source.repeat(heads * group, Source::small));
     let softcap = source.any::<bool>().then(|| 1.0 + source.small().abs());
     let scaling = 1.0 / (d as f32).sqrt();
-    let options =
-        AttentionOptions { scaling, mask: mask.as_deref(), softcap, sink_scores: sink_scores.as_deref() };
+    let (mask, sink_scores) = (mask.as_deref(), sink_scores.as_deref());
+    let options = AttentionOptions { scaling, mask, window, softcap, sink_scores };
 
     let attend = |cache: &LayerCache<f32>| {
         let mut out = vec![f32::NAN; q_shape.iter().product()];
@@ -64,6 +67,7 @@ pub(crate) fn run(bytes: &[u8]) {
         cache.attend(view, options, &mut out, 1).expect("it can attend");
         out
     };
+    packed.forget_before(options.seen(n_queries, n).start);
     let (given, expected) = (attend(&packed), attend(&exact));
     let longest = |x: &[f32]| {
         let norms = x.chunks_exact(d).map(|v| v.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt());

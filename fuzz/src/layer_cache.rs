@@ -15,7 +15,7 @@ use crate::source::Source;
 
 const HEADS: usize = 2;
 const DIM: usize = 8;
-/// Most rows and tokens, to keep a step short.
+/// Most rows, and most tokens held, to keep a step short.
 const MOST_ROWS: usize = 5;
 const MOST_TOKENS: usize = 160;
 const MOST_STEPS: usize = 64;
@@ -52,11 +52,17 @@ static CODINGS: LazyLock<[Coding; 6]> = LazyLock::new(|| {
     ]
 });
 
+/// Exact tokens, and those of a low-rank coding, leave a window so many at a time at least.
+const FORGOTTEN_TOGETHER: usize = 16;
+
 /// One side of all rows.
 #[derive(Clone)]
 struct Side<E> {
     coding: Coding,
+    /// All tokens of the sequence, also those that were forgotten.
     rows: Vec<Vec<Token<E>>>,
+    /// Where tokens that are held begin.
+    first: usize,
     /// Tokens after the sinks that have been through the codec.
     n_coded: usize,
 }
@@ -70,8 +76,10 @@ impl<E: Element> Side<E> {
         self.rows[0].len()
     }
 
-    fn n_sinks(&self, policy: Policy) -> usize {
-        policy.n_sinks.min(self.n_tokens())
+    /// Where coded tokens begin: behind the sinks, as far as these are held.
+    fn coded_at(&self, policy: Policy) -> usize {
+        let n_sinks = if self.is_coded() { policy.n_sinks.min(self.n_tokens()) } else { 0 };
+        self.first.max(n_sinks)
     }
 
     /// Sends what has left the tail through the codec, in runs of `granularity`.
@@ -79,7 +87,7 @@ impl<E: Element> Side<E> {
         if !self.is_coded() || self.n_tokens() <= policy.compress_start_len {
             return;
         }
-        let mut first = self.n_sinks(policy) + self.n_coded;
+        let mut first = self.coded_at(policy) + self.n_coded;
         while self.n_tokens() - first >= policy.n_tail + granularity {
             let own = self.coding.granularity();
             for at in (first..first + granularity).step_by(own) {
@@ -93,11 +101,34 @@ impl<E: Element> Side<E> {
     }
 
     fn crop(&mut self, n_tokens: usize, policy: Policy) {
-        let kept = self.n_tokens() - n_tokens;
+        let (kept, coded_at) = (self.n_tokens() - n_tokens, self.coded_at(policy));
         self.rows.iter_mut().for_each(|row| row.truncate(kept));
         // Whole blocks stay coded.
         let own = self.coding.granularity();
-        self.n_coded = self.n_coded.min(kept.saturating_sub(policy.n_sinks) / own * own);
+        self.n_coded = self.n_coded.min(kept.saturating_sub(coded_at) / own * own);
+    }
+
+    /// Sinks leave one by one, coded tokens in whole blocks, others some at a time and only when none is coded.
+    fn forget_before(&mut self, position: usize, policy: Policy) {
+        let coded_at = self.coded_at(policy);
+        let of_sinks = position.min(coded_at).max(self.first);
+        if position <= coded_at {
+            self.first = of_sinks;
+            return;
+        }
+        let unit = match &self.coding {
+            Coding::Blocks(set) => set.block_len(),
+            _ => FORGOTTEN_TOGETHER,
+        };
+        // All of them at any time.
+        let some = |n: usize, held: usize, unit: usize| if n == held { n } else { n / unit * unit };
+        let n_coded = some((position - coded_at).min(self.n_coded), self.n_coded, unit);
+        self.n_coded -= n_coded;
+        self.first = coded_at + n_coded;
+        if self.n_coded == 0 {
+            let n_exact = position.min(self.n_tokens()).saturating_sub(self.first);
+            self.first += some(n_exact, self.n_tokens() - self.first, FORGOTTEN_TOGETHER);
+        }
     }
 }
 
@@ -149,7 +180,7 @@ impl<E: Element> Pair<E> {
         };
         let [key, value] = sides;
         let cache = LayerCache::new(key.clone(), value.clone(), policy, 1, HEADS, (DIM, DIM));
-        let empty = |coding| Side { coding, rows: vec![Vec::new()], n_coded: 0 };
+        let empty = |coding| Side { coding, rows: vec![Vec::new()], first: 0, n_coded: 0 };
         match cache {
             Ok(cache) => Some(Self { cache, policy, sides: [key, value].map(empty) }),
             Err(error) => {
@@ -173,7 +204,7 @@ impl<E: Element> Pair<E> {
     }
 
     fn append(&mut self, source: &mut Source<'_>) {
-        let n = source.below(40).min(MOST_TOKENS - self.n_tokens());
+        let n = source.below(40).min(MOST_TOKENS - (self.n_tokens() - self.first()));
         let is_other = source.below(16) == 0;
         let batch = if is_other { self.batch() + 1 } else { self.batch() };
         let wild = source.below(4) == 0;
@@ -220,8 +251,21 @@ impl<E: Element> Pair<E> {
         }
     }
 
+    /// Where both sides are held from.
+    fn first(&self) -> usize {
+        self.sides[0].first.max(self.sides[1].first)
+    }
+
+    /// A window slides on.
+    fn forget_before(&mut self, position: usize) {
+        self.cache.forget_before(position);
+        for side in &mut self.sides {
+            side.forget_before(position, self.policy);
+        }
+    }
+
     fn crop(&mut self, n: usize) {
-        let held = self.n_tokens();
+        let held = self.n_tokens() - self.first();
         if n > held {
             assert_eq!(self.cache.crop(n), Err(CacheError::Crop { given: n, held }));
             return;
@@ -245,13 +289,14 @@ impl<E: Element> Pair<E> {
     }
 
     fn check(&self, more_room: usize) {
-        let (n, batch) = (self.n_tokens(), self.batch());
+        let (first, n, batch) = (self.first(), self.n_tokens(), self.batch());
+        assert_eq!(self.cache.first(), first);
         let n_coded = self.sides.iter().map(|side| side.n_coded).max();
         assert_eq!(
             (self.cache.batch(), self.cache.n_tokens(), Some(self.cache.n_coded())),
             (batch, n, n_coded)
         );
-        let room = n + more_room;
+        let (held, room) = (n - first, n - first + more_room);
         for (at, side) in self.sides.iter().enumerate() {
             let read = |tokens: Range<usize>, room: usize| {
                 let mut got = vec![E::from_f32(7.0); batch * HEADS * room * DIM];
@@ -263,21 +308,21 @@ impl<E: Element> Pair<E> {
                 read.expect("there is room");
                 got
             };
-            let got = read(0..n, room);
+            let got = read(first..n, room);
             // Blocks and exact runs cut anywhere.
-            let some = n / 3..n - n / 5;
+            let some = first + held / 3..n - held / 5;
             let part = read(some.clone(), some.len());
             for (part, all) in
                 part.chunks_exact((some.len() * DIM).max(1)).zip(got.chunks_exact((room * DIM).max(1)))
             {
                 let same = |(a, b): (&E, &E)| a.to_f32().to_bits() == b.to_f32().to_bits();
                 assert!(
-                    part.iter().zip(&all[some.start * DIM..]).all(same),
+                    part.iter().zip(&all[(some.start - first) * DIM..]).all(same),
                     "side {at}, tokens {some:?} of {n}"
                 );
             }
             for (head, got) in got.chunks_exact((room * DIM).max(1)).enumerate() {
-                let expected = side.rows[head / HEADS].iter().map(|token| token[head % HEADS]);
+                let expected = side.rows[head / HEADS][first..].iter().map(|token| token[head % HEADS]);
                 for (token, (got, expected)) in got.chunks_exact(DIM).zip(expected).enumerate() {
                     // By bits: an exact side may hold NaN.
                     let same =
@@ -288,7 +333,7 @@ impl<E: Element> Pair<E> {
         }
         // Exact tokens take their room, and nothing takes more than if no row shared anything.
         let memory = self.cache.memory_use();
-        let exact: usize = self.sides.iter().map(|side| n - side.n_coded).sum();
+        let exact: usize = self.sides.iter().map(|side| n - side.first - side.n_coded).sum();
         assert!(memory.exact_bytes >= exact * batch * HEADS * DIM * size_of::<E>());
         assert!(memory.coded_bytes > 0 || n_coded == Some(0));
     }
@@ -332,7 +377,8 @@ fn steps<E: Element>(source: &mut Source<'_>) {
             }
             5 | 6 => pair.append(source),
             7 => pair.compress(),
-            8..11 => pair.crop(source.below(30)),
+            8 | 9 => pair.crop(source.below(30)),
+            10 => pair.forget_before(source.below(pair.n_tokens() + 1)),
             11 | 12 => {
                 let rows: Vec<usize> =
                     (0..source.below(MOST_ROWS + 1)).map(|_| source.below(MOST_ROWS)).collect();

@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .cache import CompressedDynamicCache
-from .cache.layer import CompressedLayer
+from .cache.layer import CompressedLayer, Stub
 from .cache.padding import PaddedRows, padded_rows_of_first_pass
 from .cache.section_attention import causal_mask
 from .errors import ModelError
@@ -83,15 +83,15 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """What transformers calls: from the blocks where `key` is a stub, else dense."""
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    layer: CompressedLayer | None = getattr(key, "kvlathe_layer", None)
-    if layer is not None:
-        out = layer.attend(
+    stub: Stub | None = getattr(key, "kvlathe_stub", None)
+    if stub is not None:
+        out = stub.layer.attend(
             query,
             mask=attention_mask,
             scaling=scale,
             softcap=softcap,
             sink_scores=s_aux,
-            n_tokens=key.shape[2],
+            n_tokens=stub.n_tokens,
         )
         return out, None
     if softcap is None and s_aux is None:
@@ -183,13 +183,13 @@ def _announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
         # Someone may have set another attention since, which would take stubs for keys.
         ours = _attention_name(module.config) == ATTENTION_NAME
-        # Sliding windows and transformers' own layers go through dense attention.
-        if ours and isinstance(layer, CompressedLayer) and not layer.is_sliding:
+        # transformers' own layers go through dense attention.
+        if ours and isinstance(layer, CompressedLayer):
             layer.attends_next = True
             mask = kwargs.get("attention_mask")
             first = isinstance(mask, Tensor) and mask.dtype == torch.bool and not layer.get_seq_length()
-            # Without padding there may be no mask.
-            if first and mask.shape[2] == mask.shape[3]:  # type: ignore[union-attr]
+            # Without padding there may be no mask. That of a sliding window hides more than padding.
+            if first and not layer.is_sliding and mask.shape[2] == mask.shape[3]:  # type: ignore[union-attr]
                 layer.padding_seen = padded_rows_of_first_pass(mask)  # type: ignore[arg-type]
 
 

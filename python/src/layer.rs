@@ -1,5 +1,6 @@
 //! One layer's cache as a Python object.
 
+use std::num::NonZeroUsize;
 use std::sync::RwLock;
 
 use half::{bf16, f16};
@@ -181,6 +182,12 @@ impl NativeLayer {
         with_layer!(&self.layer, layer, E => look(py, layer, LayerCache::n_tokens))
     }
 
+    /// Position from which on both sides are held.
+    #[getter]
+    fn first(&self, py: Python<'_>) -> PyResult<usize> {
+        with_layer!(&self.layer, layer, E => look(py, layer, LayerCache::first))
+    }
+
     /// Tokens held in coded form.
     #[getter]
     fn n_coded(&self, py: Python<'_>) -> PyResult<usize> {
@@ -240,11 +247,12 @@ impl NativeLayer {
         with_layer!(&self.layer, layer, E => look(py, layer, LayerCache::can_attend))
     }
 
-    /// Attention of `[batch, query heads, q, head_dim]` queries over all tokens, straight from the blocks, into the
-    /// contiguous `out` `[batch, q, query heads, head_dim]`. `mask` is uint8 `[1 or batch, q, n_tokens]`, nonzero =
-    /// seen; without it attention is causal, the last query at the last token. Refuses to, if the layer does not hold
-    /// `n_tokens`: somebody else has changed it since the caller's tokens came in.
-    #[pyo3(signature = (queries, out, *, n_tokens, mask, scaling, softcap, sink_scores, n_threads))]
+    /// Attention of `[batch, query heads, q, head_dim]` queries over all tokens, or the last `window` of each query's,
+    /// straight from the blocks, into the contiguous `out` `[batch, q, query heads, head_dim]`. `mask` is uint8
+    /// `[1 or batch, q, tokens]`, nonzero = seen, its tokens the last ones, those that any query sees; without it
+    /// attention is causal, the last query at the last token. Refuses to, if the layer does not hold `n_tokens`:
+    /// somebody else has changed it since the caller's tokens came in.
+    #[pyo3(signature = (queries, out, *, n_tokens, window, mask, scaling, softcap, sink_scores, n_threads))]
     #[expect(clippy::too_many_arguments, reason = "keyword-only in Python")]
     fn attend(
         &self,
@@ -252,6 +260,7 @@ impl NativeLayer {
         queries: &Bound<'_, PyAny>,
         out: &Bound<'_, PyAny>,
         n_tokens: usize,
+        window: Option<NonZeroUsize>,
         mask: Option<&Bound<'_, PyAny>>,
         scaling: f32,
         softcap: Option<f32>,
@@ -268,12 +277,21 @@ impl NativeLayer {
                 Some(unsafe { mask.contiguous::<u8>("the attention mask")? })
             }
         };
-        let options = AttentionOptions { scaling, mask, softcap, sink_scores: sink_scores.as_deref() };
+        let sink_scores = sink_scores.as_deref();
+        let options = AttentionOptions { scaling, mask, window, softcap, sink_scores };
         with_layer!(&self.layer, layer, E => {
             // SAFETY: as in `append` and `read`.
             let (queries, out) = unsafe { (queries.view::<E>()?, out.slice_mut::<E>("the attention output")?) };
             read_of(py, layer, n_tokens, |layer| layer.attend(queries, options, out, n_threads))
         })
+    }
+
+    /// Drops tokens before `position`, of coded ones whole blocks.
+    fn forget_before(&self, py: Python<'_>, position: usize) -> PyResult<()> {
+        with_layer!(&self.layer, layer, E => change(py, layer, |layer| {
+            layer.forget_before(position);
+            Ok(())
+        }))
     }
 
     /// Removes the newest tokens.

@@ -93,7 +93,8 @@ def test_the_prompts_tensor_is_not_kept_alive() -> None:
     layer = make("identity")
     layer.update(*random_kv(4000))
     assert layer.keys is not None
-    assert layer._store._sides[0].tail.untyped_storage().nbytes() <= WINDOW * 2 * 16 * 4
+    # Keys and values of 2 heads; up to 15 tokens leave later, and native memory has room for 32 more.
+    assert sum(layer.memory_use()) <= (WINDOW + 15 + 32) * 2 * 2 * 16 * 4
 
 
 def test_rollback_after_recording(kind: str) -> None:
@@ -170,5 +171,5 @@ def test_sinks_are_exact_while_they_are_in_the_window() -> None:
     # 59 of 61 tokens are still seen: two sinks have left.
     assert torch.equal(layer.keys[:, :, :2], keys[:, :, 2:4])
     layer.update(keys[:, :, 61:], values[:, :, 61:])
-    assert layer._store._sides[0].sinks.shape[2] == 0
+    assert not torch.equal(layer.keys[:, :, :1], keys[:, :, 61:62])
     assert close("streams", layer.keys, keys[:, :, 61:])

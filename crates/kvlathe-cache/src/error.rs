@@ -37,6 +37,16 @@ pub enum CacheError {
         /// Tokens held.
         held: usize,
     },
+    /// Tokens that have left a sliding window.
+    #[error(
+        "the token at position {wanted} was dropped, the cache holds those from {first} on; ask for a window that it still holds"
+    )]
+    Forgotten {
+        /// Position of the first token asked for.
+        wanted: usize,
+        /// Position of the first token held.
+        first: usize,
+    },
     /// A batch index that does not exist.
     #[error("batch index {given} does not exist, the cache holds {rows} rows")]
     Row {

@@ -5,9 +5,10 @@ use std::ops::Range;
 
 use kvlathe_codec::{Element, StreamSet, memory};
 
+use crate::coding::Coding;
 use crate::error::{CacheError, Result};
 use crate::pieces::{EncodePiece, ReadPiece};
-use crate::side::{Coding, SideRow};
+use crate::side::SideRow;
 use crate::threads::for_each_item;
 use crate::view::TensorView;
 
@@ -127,10 +128,16 @@ impl<E: Element> LayerCache<E> {
         self.rows.len()
     }
 
-    /// Tokens of each sequence.
+    /// Tokens of each sequence, forgotten ones among them.
     #[must_use]
     pub fn n_tokens(&self) -> usize {
         self.n_tokens
+    }
+
+    /// Position from which on both sides are held: above zero once [`LayerCache::forget_before`] has dropped tokens.
+    #[must_use]
+    pub fn first(&self) -> usize {
+        self.rows.first().map_or(0, |row| row.key.first().max(row.value.first()))
     }
 
     /// Tokens that are held in coded form (on at least one side).
@@ -288,6 +295,7 @@ impl<E: Element> LayerCache<E> {
             let (given, expected) = (tokens.end, self.n_tokens);
             return Err(CacheError::Shape { what: "the end of the tokens to read", given, expected });
         }
+        self.check_held(&tokens)?;
         let expected = self.batch() * self.n_heads * out_tokens * dim;
         if out.len() != expected || out_tokens < tokens.len() {
             return Err(CacheError::Buffer { what: "output", given: out.len(), expected });
@@ -303,6 +311,18 @@ impl<E: Element> LayerCache<E> {
         for_each_item(n_threads, pieces, ReadPiece::read)
     }
 
+    /// Drops tokens before `position`, which no later query sees: those that have left a sliding window. Positions go on
+    /// counting. Coded tokens leave in whole blocks, so that up to a block less one more stay.
+    pub fn forget_before(&mut self, position: usize) {
+        self.rows.iter_mut().flat_map(Row::sides_mut).for_each(|side| side.forget_before(position));
+    }
+
+    /// That none of some tokens was forgotten.
+    pub(crate) fn check_held(&self, tokens: &Range<usize>) -> Result<()> {
+        let (wanted, first) = (tokens.start, self.first());
+        if tokens.is_empty() || wanted >= first { Ok(()) } else { Err(CacheError::Forgotten { wanted, first }) }
+    }
+
     /// Removes the newest `n_tokens` of every sequence.
     ///
     /// Tokens of the exact tail vanish without a trace. A cut into coded tokens keeps the rest of their block as
@@ -311,8 +331,9 @@ impl<E: Element> LayerCache<E> {
     /// # Errors
     /// More tokens than there are, no memory for the rest of a block. The cache is unchanged then.
     pub fn crop(&mut self, n_tokens: usize) -> Result<()> {
-        if n_tokens > self.n_tokens {
-            return Err(CacheError::Crop { given: n_tokens, held: self.n_tokens });
+        let held = self.n_tokens - self.first();
+        if n_tokens > held {
+            return Err(CacheError::Crop { given: n_tokens, held });
         }
         let mut cuts = memory::room(self.batch(), "rows")?;
         for row in &self.rows {

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Tokens enter at the tail and leave it in whole blocks. Cropping removes them at the tail again; beams select rows
-//! and share the blocks they have in common.
+//! and share the blocks they have in common. A sliding window forgets its oldest tokens.
 //!
 //! ```
 //! use kvlathe_cache::{Coding, LayerCache, Policy, TensorView};
@@ -28,6 +28,7 @@
 
 mod attention;
 mod block;
+mod coding;
 mod error;
 mod exact;
 mod layer;
@@ -38,8 +39,8 @@ mod view;
 mod workspace;
 
 pub use attention::AttentionOptions;
+pub use coding::Coding;
 pub use error::{CacheError, Result};
 pub use layer::{LayerCache, MemoryUse, Policy};
-pub use side::Coding;
 pub use threads::{Team, adopt_team, with_threads};
 pub use view::TensorView;

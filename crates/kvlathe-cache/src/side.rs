@@ -4,75 +4,14 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::Arc;
 
-use kvlathe_codec::gain::MAX_MAGNITUDE;
-use kvlathe_codec::{CodecError, Element, LowRank, Scratch, StreamSet, best_isa, memory};
+use kvlathe_codec::{Element, LowRank, Scratch, StreamSet, best_isa, memory};
 
 use crate::block::Block;
-use crate::error::{CacheError, Result};
+use crate::coding::Coding;
+use crate::error::Result;
 use crate::exact::ExactRun;
 use crate::pieces::{EncodePiece, ReadPiece};
 use crate::view::TensorView;
-
-/// How a side of a layer is stored beyond its exact parts.
-#[derive(Debug, Clone)]
-pub enum Coding {
-    /// Not at all: every token stays exact.
-    Exact,
-    /// The calibrated codec, in blocks.
-    Blocks(Arc<StreamSet>),
-    /// The seed's rank and int8, token by token.
-    LowRank(Arc<LowRank>),
-}
-
-impl Coding {
-    /// Tokens that are coded together.
-    #[must_use]
-    pub fn granularity(&self) -> usize {
-        match self {
-            Self::Exact | Self::LowRank(_) => 1,
-            Self::Blocks(set) => set.block_len(),
-        }
-    }
-
-    /// Checks that heads and head_dim of the model are those of the codec.
-    pub(crate) fn check_shape(&self, n_heads: usize, head_dim: usize) -> Result<()> {
-        let (heads, dim) = match self {
-            Self::Exact => return Ok(()),
-            Self::Blocks(set) => (set.streams().len(), set.head_dim()),
-            Self::LowRank(coder) => (n_heads, coder.head_dim()),
-        };
-        for (what, given, expected) in
-            [("the number of KV heads", n_heads, heads), ("head_dim", head_dim, dim)]
-        {
-            if given != expected {
-                return Err(CacheError::Shape { what, given, expected });
-            }
-        }
-        Ok(())
-    }
-
-    /// Refuses what the codec could not store; `side` names the tensor in the message.
-    ///
-    /// # Errors
-    /// NaN, infinity or a magnitude above [`MAX_MAGNITUDE`]. Exact sides take anything.
-    pub fn check_values<E: Element>(&self, view: &TensorView<'_, E>, side: &'static str) -> Result<()> {
-        if matches!(self, Self::Exact) {
-            return Ok(());
-        }
-        let [rows, heads, tokens, _] = view.shape();
-        for row in 0..rows {
-            for head in 0..heads {
-                for token in 0..tokens {
-                    let fits = |v: &E| v.to_f32().abs() <= MAX_MAGNITUDE;
-                    if !view.token(row, head, token).iter().fold(true, |all, v| all & fits(v)) {
-                        return Err(CodecError::BadActivation { side, head, token }.into());
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-}
 
 /// The coded middle of a side.
 enum Coded {
@@ -111,8 +50,13 @@ const LOW_RANK_TOKENS: usize = 1024;
 /// What [`SideRow::cut`] found: the block that is cut, as exact tokens without those that go.
 pub(crate) struct Cut<E>(Option<ExactRun<E>>);
 
+/// Exact tokens, and those of a low-rank coding, that are forgotten together at least.
+const FORGOTTEN_TOGETHER: usize = 16;
+
 /// Tokens of one row and side, oldest first: sinks, coded, tail. A side that is not coded keeps all in its tail.
 pub(crate) struct SideRow<E> {
+    /// Position of the first token that is held.
+    first: usize,
     sinks: ExactRun<E>,
     coded: Option<Coded>,
     tail: ExactRun<E>,
@@ -125,12 +69,14 @@ impl<E: Element> SideRow<E> {
             Coding::Blocks(set) => Some(Coded::Blocks(Arc::clone(set), Vec::new())),
             Coding::LowRank(coder) => Some(Coded::LowRank(Arc::clone(coder), vec![Vec::new(); n_heads])),
         };
-        Self { sinks: ExactRun::new(n_heads, head_dim), coded, tail: ExactRun::new(n_heads, head_dim) }
+        let [sinks, tail] = [(), ()].map(|()| ExactRun::new(n_heads, head_dim));
+        Self { first: 0, sinks, coded, tail }
     }
 
     /// A copy that shares the packed blocks.
     pub(crate) fn try_clone(&self) -> Result<Self> {
         Ok(Self {
+            first: self.first,
             sinks: self.sinks.try_clone()?,
             coded: self.coded.as_ref().map(Coded::try_clone).transpose()?,
             tail: self.tail.try_clone()?,
@@ -154,9 +100,19 @@ impl<E: Element> SideRow<E> {
         self.coded.is_some()
     }
 
-    /// Sinks held so far.
-    pub(crate) fn n_sinks_held(&self) -> usize {
-        self.sinks.n_tokens()
+    /// Position of the first token that is held: above zero once some were forgotten.
+    pub(crate) fn first(&self) -> usize {
+        self.first
+    }
+
+    /// Position of the first coded token.
+    pub(crate) fn coded_at(&self) -> usize {
+        self.first + self.sinks.n_tokens()
+    }
+
+    /// Position of the tail's first token.
+    pub(crate) fn tail_at(&self) -> usize {
+        self.coded_at() + self.n_coded()
     }
 
     /// One head's sinks, `[tokens, head_dim]`.
@@ -187,7 +143,7 @@ impl<E: Element> SideRow<E> {
 
     /// How many of `n_tokens` new tokens become sinks: the first `n_sinks` of the sequence do.
     fn to_sinks(&self, n_tokens: usize, n_sinks: usize) -> usize {
-        if self.is_coded() { n_sinks.saturating_sub(self.sinks.n_tokens()).min(n_tokens) } else { 0 }
+        if self.is_coded() { n_sinks.saturating_sub(self.coded_at()).min(n_tokens) } else { 0 }
     }
 
     /// Makes room for `n_tokens` more.
@@ -239,7 +195,7 @@ impl<E: Element> SideRow<E> {
         new: &'a mut NewCoded,
         pieces: &mut Vec<EncodePiece<'a, E>>,
     ) -> Result<()> {
-        let (position, tokens) = (self.sinks.n_tokens() + self.n_coded(), &self.tail);
+        let (position, tokens) = (self.tail_at(), &self.tail);
         match (&self.coded, new) {
             (Some(Coded::Blocks(set, _)), NewCoded::Blocks(new)) => {
                 memory::reserve(pieces, new.len(), "a list of tasks")?;
@@ -290,10 +246,9 @@ impl<E: Element> SideRow<E> {
         out: &'a mut [E],
         pieces: &mut Vec<ReadPiece<'a, E>>,
     ) -> Result<()> {
-        let (n_sinks, n_coded) = (self.sinks.n_tokens(), self.n_coded());
-        let tail_at = n_sinks + n_coded;
-        let mut out = self.sinks.read(head, part(&tokens, 0..n_sinks), out);
-        let of_coded = part(&tokens, n_sinks..tail_at);
+        let (coded_at, tail_at) = (self.coded_at(), self.tail_at());
+        let mut out = self.sinks.read(head, part(&tokens, self.first..coded_at), out);
+        let of_coded = part(&tokens, coded_at..tail_at);
         // Tokens of a piece, and tokens that a piece begins with a multiple of.
         let (len, d) = match &self.coded {
             None => (1, 0),
@@ -311,7 +266,7 @@ impl<E: Element> SideRow<E> {
                     set,
                     block: &blocks[at],
                     head,
-                    position: n_sinks + at * len,
+                    position: coded_at + at * len,
                     within,
                     out: piece,
                 }),
@@ -341,7 +296,7 @@ impl<E: Element> SideRow<E> {
         let mut heads = memory::room(set.streams().len(), "a decoded block")?;
         for head in 0..set.streams().len() {
             let mut out = memory::filled(len * d, E::default(), "a decoded block")?;
-            let position = self.sinks.n_tokens() + whole * len;
+            let position = self.coded_at() + whole * len;
             blocks[whole].decode(set, head, position, best_isa(), &mut out, &mut scratch)?;
             out.truncate(partial * d);
             heads.push(out);
@@ -368,6 +323,36 @@ impl<E: Element> SideRow<E> {
         self.sinks.truncate(self.sinks.n_tokens() - (n_tokens - from_tail - from_coded));
     }
 
+    /// Drops tokens before `position`, oldest first; coded ones in whole blocks, others a few at a time, so that some of
+    /// them may stay.
+    pub(crate) fn forget_before(&mut self, position: usize) {
+        let n_sinks = position.saturating_sub(self.first).min(self.sinks.n_tokens());
+        if n_sinks > 0 {
+            self.sinks.drop_front(n_sinks);
+            self.first += n_sinks;
+        }
+        let n_coded = position.saturating_sub(self.first).min(self.n_coded());
+        self.first += match &mut self.coded {
+            None => 0,
+            Some(Coded::Blocks(set, blocks)) => {
+                let n_blocks = n_coded / set.block_len();
+                blocks.drain(..n_blocks);
+                n_blocks * set.block_len()
+            }
+            Some(Coded::LowRank(coder, heads)) => {
+                let n_tokens = forgotten(n_coded, heads[0].len() / coder.vector_bytes());
+                heads.iter_mut().for_each(|coded| drop(coded.drain(..n_tokens * coder.vector_bytes())));
+                n_tokens
+            }
+        };
+        let n_exact = position.saturating_sub(self.first).min(self.n_tail());
+        let n_exact = forgotten(n_exact, self.n_tail());
+        if self.n_coded() == 0 && n_exact > 0 {
+            self.tail.drop_front(n_exact);
+            self.first += n_exact;
+        }
+    }
+
     /// Bytes of sinks and tail.
     pub(crate) fn exact_bytes(&self) -> usize {
         self.sinks.bytes() + self.tail.bytes()
@@ -384,6 +369,11 @@ impl<E: Element> SideRow<E> {
             Some(Coded::LowRank(_, heads)) => heads.iter().map(Vec::capacity).sum(),
         }
     }
+}
+
+/// How many of the `n` oldest of `held` tokens are dropped, where those that are left move up: none moves if all go.
+fn forgotten(n: usize, held: usize) -> usize {
+    if n == held { n } else { n / FORGOTTEN_TOGETHER * FORGOTTEN_TOGETHER }
 }
 
 /// What `tokens` and a run have in common, counted from the run's first token.

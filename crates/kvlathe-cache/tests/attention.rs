@@ -1,5 +1,6 @@
 //! Attention from the blocks against "read all tokens, then dense attention in f64".
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use half::bf16;
@@ -46,11 +47,12 @@ struct Case {
     masked: bool,
     softcap: Option<f32>,
     sinks: bool,
+    window: Option<usize>,
 }
 
 /// Fills a cache, attends, and gives the largest error against dense attention, relative to the largest value.
 fn largest_error<E: Element>(case: &Case) -> f64 {
-    let Case { batch, heads, group, d, n_tokens, n_queries, masked, softcap, sinks } = *case;
+    let Case { batch, heads, group, d, n_tokens, n_queries, masked, softcap, sinks, window } = *case;
     let policy = Policy { n_sinks: 4, compress_start_len: 0, n_tail: 20 };
     let mut cache = LayerCache::<E>::new(
         stream_set(heads, d, true),
@@ -73,12 +75,22 @@ fn largest_error<E: Element>(case: &Case) -> f64 {
     cache.compress(1).unwrap();
     assert!(n_tokens < 60 || cache.n_coded() > 0);
 
+    // What is older than the first query's window is gone.
+    let first = window.map_or(0, |window| (n_tokens + 1).saturating_sub(n_queries + window));
+    cache.forget_before(first);
+    assert!(cache.first() <= first && first - cache.first() < 16, "{} for {first}", cache.first());
+    let n_seen = n_tokens - first;
+
     let query_heads = heads * group;
     let q: Vec<E> = wave(3, batch * query_heads * n_queries * d).into_iter().map(E::from_f32).collect();
-    let mask: Vec<u8> = (0..batch * n_queries * n_tokens)
+    let in_sight = |query: usize, t: usize| {
+        let place = n_tokens - n_queries + query;
+        t <= place && window.is_none_or(|window| t + window > place)
+    };
+    let mask: Vec<u8> = (0..batch * n_queries * n_seen)
         .map(|i| {
-            let (b, query, t) = (i / n_tokens / n_queries, i / n_tokens % n_queries, i % n_tokens);
-            u8::from(t + n_queries <= n_tokens + query && t >= 3 * b && t % 9 != 8)
+            let (b, query, t) = (i / n_seen / n_queries, i / n_seen % n_queries, first + i % n_seen);
+            u8::from(in_sight(query, t) && t >= 3 * b && t % 9 != 8)
         })
         .collect();
     let sink_scores = wave(9, query_heads);
@@ -86,6 +98,7 @@ fn largest_error<E: Element>(case: &Case) -> f64 {
     let options = AttentionOptions {
         scaling,
         mask: masked.then_some(&mask),
+        window: window.and_then(NonZeroUsize::new),
         softcap,
         sink_scores: sinks.then_some(&sink_scores[..]),
     };
@@ -94,19 +107,19 @@ fn largest_error<E: Element>(case: &Case) -> f64 {
     cache.attend(view, options, &mut out, 2).unwrap();
 
     let (mut k, mut v) = (keys.clone(), values.clone());
-    cache.read_keys(0..n_tokens, &mut k, n_tokens, 1).unwrap();
-    cache.read_values(0..n_tokens, &mut v, n_tokens, 1).unwrap();
+    cache.read_keys(first..n_tokens, &mut k, n_tokens, 1).unwrap();
+    cache.read_values(first..n_tokens, &mut v, n_tokens, 1).unwrap();
     let (mut worst, mut size) = (0.0f64, 0.0f64);
     for b in 0..batch {
         for h in 0..query_heads {
             for query in 0..n_queries {
                 let at = |t: usize, j: usize| ((b * heads + h / group) * n_tokens + t) * d + j;
-                let weights: Vec<f64> = (0..n_tokens)
+                let weights: Vec<f64> = (0..n_seen)
                     .map(|t| {
                         let visible = if masked {
-                            mask[(b * n_queries + query) * n_tokens + t] != 0
+                            mask[(b * n_queries + query) * n_seen + t] != 0
                         } else {
-                            t + n_queries <= n_tokens + query
+                            in_sight(query, first + t)
                         };
                         let dot: f64 = (0..d)
                             .map(|j| {
@@ -123,7 +136,7 @@ fn largest_error<E: Element>(case: &Case) -> f64 {
                     weights.iter().sum::<f64>() + if sinks { f64::from(sink_scores[h]).exp() } else { 0.0 };
                 for j in 0..d {
                     let expected =
-                        (0..n_tokens).map(|t| weights[t] * f64::from(v[at(t, j)].to_f32())).sum::<f64>()
+                        (0..n_seen).map(|t| weights[t] * f64::from(v[at(t, j)].to_f32())).sum::<f64>()
                             / total;
                     let got = f64::from(out[((b * n_queries + query) * query_heads + h) * d + j].to_f32());
                     worst = worst.max((got - expected).abs());
@@ -146,6 +159,7 @@ fn case() -> Case {
         masked: false,
         softcap: None,
         sinks: false,
+        window: None,
     }
 }
 
@@ -169,6 +183,16 @@ fn float32_shapes() {
         Case { n_queries: 61, d: 80, group: 1, ..case() },
         Case { n_queries: 100, batch: 2, masked: true, n_tokens: 333, ..case() },
         Case { n_queries: 50, softcap: Some(2.0), sinks: true, d: 128, ..case() },
+        // Sliding windows: of few queries and of many, with and without a mask, wider than the sequence, of one token.
+        Case { window: Some(200), ..case() },
+        Case { window: Some(333), n_queries: 3, sinks: true, d: 128, ..case() },
+        Case { window: Some(100), n_queries: 5, batch: 3, masked: true, ..case() },
+        Case { window: Some(150), n_queries: 300, ..case() },
+        Case { window: Some(150), n_queries: 70, batch: 2, masked: true, softcap: Some(2.0), ..case() },
+        Case { window: Some(697), ..case() },
+        Case { window: Some(9000), n_queries: 60, ..case() },
+        Case { window: Some(1), ..case() },
+        Case { window: Some(1), n_queries: 60, ..case() },
     ] {
         let error = largest_error::<f32>(&case);
         // Scores of packed keys are good to 10⁻⁴ of ‖q‖·‖k‖ here; exact tokens know only float32's rounding.
@@ -229,6 +253,28 @@ fn what_does_not_fit_is_refused() {
     let many = TensorView::contiguous(&many, [1, 2, 3, 8]).unwrap();
     let message = cache.attend(many, AttentionOptions::default(), &mut [0.0; 48], 1).unwrap_err().to_string();
     assert!(message.contains("beyond the tokens held"), "{message}");
+}
+
+/// A window that begins before what is still held would give wrong attention.
+#[test]
+fn tokens_that_were_dropped_cannot_be_seen() {
+    let (d, n_tokens, policy) = (16, 200, Policy { n_sinks: 4, compress_start_len: 0, n_tail: 20 });
+    let (keys, values) = (stream_set(1, d, true), stream_set(1, d, false));
+    let mut cache = LayerCache::<f32>::new(keys, values, policy, 1, 1, (d, d)).unwrap();
+    let x = wave(1, n_tokens * d);
+    let view = TensorView::contiguous(&x, [1, 1, n_tokens, d]).unwrap();
+    cache.append(view, view).unwrap();
+    cache.compress(1).unwrap();
+    cache.forget_before(100);
+    let query = TensorView::contiguous(&x[..d], [1, 1, 1, d]).unwrap();
+    let first = cache.first();
+    for (window, wanted) in [(None, 0), (NonZeroUsize::new(150), 50)] {
+        let options = AttentionOptions { window, ..AttentionOptions::default() };
+        let given = cache.attend(query, options, &mut vec![0.0; d], 1);
+        assert_eq!(given, Err(CacheError::Forgotten { wanted, first }));
+    }
+    let options = AttentionOptions { window: NonZeroUsize::new(100), ..AttentionOptions::default() };
+    cache.attend(query, options, &mut vec![0.0; d], 1).unwrap();
 }
 
 /// Broken queries must not come out as the zeros of a query that sees nothing.

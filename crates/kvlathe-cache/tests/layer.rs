@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use half::bf16;
-use kvlathe_cache::{Coding, LayerCache, Policy, TensorView};
+use kvlathe_cache::{CacheError, Coding, LayerCache, Policy, TensorView};
 use kvlathe_codec::{Basis, LowRank, Pairing, Rope, Storage, StreamSet, Width};
 
 const HEADS: usize = 2;
@@ -125,5 +125,51 @@ fn any_run_of_tokens_can_be_read_alone() {
         let mut out = vec![0.0; 2 * HEADS * DIM];
         let error = cache.read_keys(n..n + 1, &mut out, 1, 1).unwrap_err();
         assert!(error.to_string().contains(&(n + 1).to_string()), "{error}");
+    }
+}
+
+/// A sliding window: what is still held reads the same as without forgetting, and does not grow.
+#[test]
+fn what_has_left_a_window_is_dropped() {
+    let (window, step, policy) = (60, 7, Policy { n_sinks: 4, compress_start_len: 0, n_tail: 16 });
+    for coding in [Coding::Exact, blocks(true), low_rank()] {
+        let new = || LayerCache::<f32>::new(coding.clone(), coding.clone(), policy, 1, HEADS, (DIM, DIM)).unwrap();
+        let (mut all, mut cache, mut most_bytes) = (new(), new(), [0, 0]);
+        for at in 0..100 {
+            let data: Vec<f32> = (0..HEADS * step * DIM).map(|i| ((at * 31 + i) as f32).sin()).collect();
+            let view = TensorView::contiguous(&data, [1, HEADS, step, DIM]).unwrap();
+            for cache in [&mut all, &mut cache] {
+                cache.append(view, view).unwrap();
+                cache.compress(1).unwrap();
+            }
+            let first = all.n_tokens().saturating_sub(window);
+            cache.forget_before(first);
+            assert_eq!(cache.n_tokens(), all.n_tokens());
+            assert!(cache.first() <= first && first - cache.first() < 16, "{} for {first}", cache.first());
+            let read = |cache: &LayerCache<f32>| {
+                let n_tokens = all.n_tokens() - first;
+                let mut out = vec![0.0; HEADS * n_tokens * DIM];
+                cache.read_keys(first..all.n_tokens(), &mut out, n_tokens, 1).unwrap();
+                out
+            };
+            assert_eq!(read(&cache), read(&all));
+            let memory = cache.memory_use();
+            let half = usize::from(at >= 50);
+            most_bytes[half] = most_bytes[half].max(memory.exact_bytes + memory.coded_bytes);
+        }
+        assert!(most_bytes[1] <= most_bytes[0], "{coding:?}: {most_bytes:?}");
+
+        let (first, held) = (cache.first(), cache.n_tokens() - cache.first());
+        let mut out = vec![0.0; HEADS * 700 * DIM];
+        let wanted = first - 1;
+        assert_eq!(cache.read_keys(wanted..700, &mut out, 700, 1), Err(CacheError::Forgotten { wanted, first }));
+        assert_eq!(cache.crop(held + 1), Err(CacheError::Crop { given: held + 1, held }));
+        cache.crop(held).unwrap();
+        assert_eq!((cache.n_tokens(), cache.n_coded()), (first, 0));
+        // No new sinks: those of the sequence are gone.
+        let view = TensorView::contiguous(&out[..HEADS * 40 * DIM], [1, HEADS, 40, DIM]).unwrap();
+        cache.append(view, view).unwrap();
+        cache.compress(1).unwrap();
+        assert_eq!(cache.n_coded(), if matches!(coding, Coding::Exact) { 0 } else { 24 });
     }
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,18 @@ from .native_store import NativeStore
 from .padding import PaddedRows, Padding
 from .states import Form, check_alike
 from .stores import make_store
+
+
+class Stub(NamedTuple):
+    """What a tensor stands for that `update` returns while attention comes straight to the layer.
+
+    Attributes:
+        layer: whose keys they are.
+        n_tokens: what it held then, forgotten ones among them.
+    """
+
+    layer: CompressedLayer
+    n_tokens: int
 
 
 class CompressedLayer(DynamicLayer):
@@ -182,15 +194,19 @@ class CompressedLayer(DynamicLayer):
     def _update_for_attention(
         self, store: LayerStore, key_states: Tensor, value_states: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Add tokens and return stubs that stand for all of them; `attend` must follow."""
+        """Add tokens and return stubs that stand for all that these see; `attend` must follow."""
+        batch, heads, n_new, key_dim = key_states.shape
+        value_dim, n_seen = value_states.shape[3], self._n_visible(store.n_tokens) + n_new
         store.append(key_states, value_states)
-        batch, heads, _, key_dim = key_states.shape
-        value_dim, n_tokens = value_states.shape[3], store.n_tokens
-        keys = values = self._element.expand(batch, heads, n_tokens, key_dim)
-        keys.kvlathe_layer = self  # type: ignore[attr-defined]
+        keys = values = self._element.expand(batch, heads, n_seen, key_dim)
+        keys.kvlathe_stub = Stub(self, store.n_tokens)  # type: ignore[attr-defined]
         if value_dim != key_dim:
-            values = self._element.expand(batch, heads, n_tokens, value_dim)
+            values = self._element.expand(batch, heads, n_seen, value_dim)
         return keys, values
+
+    def _n_visible(self, n_tokens: int) -> int:
+        """Past tokens, of so many, that the next query sees."""
+        return n_tokens
 
     def attend(
         self,
@@ -236,7 +252,9 @@ class CompressedLayer(DynamicLayer):
         return store.n_tokens if store else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+        n_tokens = self.get_seq_length()
+        visible = self._n_visible(n_tokens)
+        return visible + query_length, n_tokens - visible
 
     def compressor(self, side: Side) -> nn.Module:
         """The compressor of the "key" or "value" side."""
@@ -265,7 +283,7 @@ class CompressedLayer(DynamicLayer):
         store = self._store
         if store is None:
             return 0, 0
-        n = self._form.values_per_token * store.n_tokens * store.batch
+        n = self._form.values_per_token * self._n_visible(store.n_tokens) * store.batch
         return n, n * self.dtype.itemsize
 
     def activate_past_recording(self) -> None:

@@ -18,6 +18,9 @@ share_torch_threads()
 class NativeStore:
     """A `LayerStore` on the native cache; CPU tensors in float32, bfloat16 or float16."""
 
+    # Tokens that a query sees, its own included; None: all of them.
+    _window: int | None = None
+
     def __init__(
         self, key_codec: Any, value_codec: Any, policy: Policy, keys: Tensor, values: Tensor
     ) -> None:
@@ -91,17 +94,21 @@ class NativeStore:
 
         Args:
             n_tokens: as many as the caller has seen; with another number held it is refused.
-            mask: bool [1 or B, 1, q, n_tokens], True = seen; None is causal, the last query at the last token.
+            mask: bool [1 or B, 1, q, tokens], True = seen, its tokens all, or in a sliding window the last ones, those
+                that any query sees; None is causal, the last query at the last token.
         """
         n_kv_heads, key_dim, value_dim = self._dims
         batch, n_query_heads, n_queries, _ = queries.shape
         if n_queries > 1 and section_attention.pays(queries, n_kv_heads):
             plain = softcap is None and sink_scores is None and key_dim == value_dim
-            if plain and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1)):
+            is_causal = mask is None and self._window is None
+            if plain and (is_causal or (mask is not None and mask.dtype == torch.bool and mask.shape[1] == 1)):
+                n_seen = n_tokens if mask is None else mask.shape[3]
+                unseen = n_tokens - n_seen
                 return section_attention.attend(
                     queries,
-                    lambda first, end: self._read(first, end, n_tokens),
-                    n_tokens=n_tokens,
+                    lambda first, end: self._read(unseen + first, unseen + end, n_tokens),
+                    n_tokens=n_seen,
                     n_kv_heads=n_kv_heads,
                     mask=mask,
                     scaling=scaling,
@@ -111,6 +118,7 @@ class NativeStore:
             queries if queries.stride(-1) == 1 else queries.contiguous(),
             out,
             n_tokens=n_tokens,
+            window=self._window,
             mask=None if mask is None else mask[:, 0].contiguous().view(torch.uint8),
             scaling=scaling,
             softcap=softcap,
@@ -129,7 +137,7 @@ class NativeStore:
         return self._layer.memory_use()
 
     def copy(self) -> NativeStore:
-        twin = object.__new__(NativeStore)
+        twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin._layer = self._layer.copy()
         return twin

@@ -36,7 +36,7 @@ class TorchSide:
         self.granularity = granularity(compressor) if known else _RUN_LEN
         self.sinks, self.tail = empty, empty
         self.runs: list[Run] = []
-        # Position of the first token held; above 0 only in a sliding window (`kvlathe.window`) that has left the sinks.
+        # Position of the first token held; above 0 only in a sliding window (`window_store`).
         self.first = 0
 
     @property
@@ -48,8 +48,8 @@ class TorchSide:
         return self.first + self.sinks.shape[2] + self.n_coded + self.tail.shape[2]
 
     def append(self, x: Tensor) -> None:
-        begins = self.first == 0 and not self.runs and not self.tail.shape[2]
-        to_sinks = max(0, min(self.n_sinks - self.sinks.shape[2], x.shape[2])) if begins else 0
+        begins = not self.runs and not self.tail.shape[2]
+        to_sinks = max(0, min(self.n_sinks - self.first - self.sinks.shape[2], x.shape[2])) if begins else 0
         if to_sinks:
             self.sinks = torch.cat([self.sinks, x[:, :, :to_sinks]], dim=2)
         self.tail = torch.cat([self.tail, x[:, :, to_sinks:]], dim=2)

@@ -78,7 +78,7 @@ impl<E: Element> Head<'_, E> {
         let together = TILE_TOKENS / block_len;
         for at in (0..n_blocks).step_by(together) {
             let blocks = at..n_blocks.min(at + together);
-            let place = padded(self.key.n_sinks_held() + at * block_len, blocks.len() * block_len);
+            let place = padded(self.key.coded_at() + at * block_len, blocks.len() * block_len);
             if self.sees_any(&rows, place) {
                 self.fill_decoded(blocks, place, workspace)?;
                 self.attend_tile(&rows, place, &mut partial, workspace)?;
@@ -128,7 +128,7 @@ impl<E: Element> Head<'_, E> {
         let mut walk = self.keys.rope().map(|rope| rope.walk_back(-centre, -(n as i64)));
         let value_len = n * self.values.head_dim();
         for (i, values) in blocks.zip(tile_values.chunks_exact_mut(value_len)) {
-            let column = (i * n + self.key.n_sinks_held()) - place.first;
+            let column = (i * n + self.key.coded_at()) - place.first;
             let turn_forward = walk.as_ref().map(|walk| walk.rotation());
             let packed = &self.key.block(i)[key_range.clone()];
             let columns = (&mut tile_keys[column..], place.width);

@@ -95,7 +95,7 @@ impl<E: Element> Head<'_, E> {
                 key_blocks[i] = &self.key.block(at)[key_range.clone()];
                 value_blocks[i] = &self.value.block(at)[value_range.clone()];
             }
-            let first = self.key.n_sinks_held() + start * block_len;
+            let first = self.key.coded_at() + start * block_len;
             let n_tokens = key_blocks.len() * block_len;
             scores.resize(n * n_tokens, BUFFERS)?;
             keys.score_blocks(isa, key_blocks, walk.as_mut(), queries, value_blocks, scores, scratch)?;
@@ -112,10 +112,9 @@ impl<E: Element> Head<'_, E> {
 
     /// Sinks and tail, each with the place of its first token.
     pub(super) fn exact_runs(&self) -> [(&[E], &[E], usize); 2] {
-        let tail_at = self.key.n_sinks_held() + self.key.n_coded();
         [
-            (self.key.sinks(self.head), self.value.sinks(self.head), 0),
-            (self.key.tail(self.head), self.value.tail(self.head), tail_at),
+            (self.key.sinks(self.head), self.value.sinks(self.head), self.key.first()),
+            (self.key.tail(self.head), self.value.tail(self.head), self.key.tail_at()),
         ]
     }
 

@@ -10,6 +10,7 @@ mod partial;
 mod visibility;
 
 use std::cell::RefCell;
+use std::num::NonZeroUsize;
 use std::ops::Range;
 
 use kvlathe_codec::{Element, Lines, StreamSet};
@@ -59,9 +60,11 @@ fn widen<E: Element>(queries: &TensorView<'_, E>, scaling: f32, wide: &mut Lines
 pub struct AttentionOptions<'a> {
     /// Factor on q·k.
     pub scaling: f32,
-    /// Which keys a query sees, `[1 or batch, n_queries, n_tokens]`, nonzero = seen. Without it attention is causal,
-    /// the last query at the last token.
+    /// Which keys a query sees, `[1 or batch, n_queries, n_seen]`, nonzero = seen; `n_seen` are the last tokens, those
+    /// that [`AttentionOptions::seen`] says. Without it attention is causal, the last query at the last token.
     pub mask: Option<&'a [u8]>,
+    /// Sliding-window attention: a query sees the last so many tokens at most, its own included.
+    pub window: Option<NonZeroUsize>,
     /// Scores become c·tanh(score / c).
     pub softcap: Option<f32>,
     /// One score a query head that joins the softmax without a value (gpt-oss).
@@ -71,7 +74,16 @@ pub struct AttentionOptions<'a> {
 impl Default for AttentionOptions<'_> {
     /// Causal, with scores as they are.
     fn default() -> Self {
-        Self { scaling: 1.0, mask: None, softcap: None, sink_scores: None }
+        Self { scaling: 1.0, mask: None, window: None, softcap: None, sink_scores: None }
+    }
+}
+
+impl AttentionOptions<'_> {
+    /// Positions that any of the last `n_queries` of `n_tokens` tokens may see: all, or those of the window.
+    #[must_use]
+    pub fn seen(&self, n_queries: usize, n_tokens: usize) -> Range<usize> {
+        let n_past = n_tokens.saturating_sub(n_queries);
+        self.window.map_or(0, |window| n_past.saturating_sub(window.get() - 1))..n_tokens
     }
 }
 
@@ -86,6 +98,8 @@ struct Call<'a, E> {
     query_heads: usize,
     n_queries: usize,
     options: AttentionOptions<'a>,
+    /// Position of the first token that a query may see, the mask's first.
+    first_seen: usize,
     /// Of the mask's rows, `[1 or batch, n_queries]`, where there are queries enough to look at it in advance.
     spans: Option<&'a [Range<usize>]>,
 }
@@ -109,14 +123,15 @@ impl<E: Element> Call<'_, E> {
     /// The KV head `at` of all sequences'.
     fn head(&self, at: usize) -> Head<'_, E> {
         let (row, head) = (at / self.layer.n_heads(), at % self.layer.n_heads());
-        let (n_queries, n_tokens) = (self.n_queries, self.layer.n_tokens());
-        let per_row = n_queries * n_tokens;
+        let (n_queries, first, n_tokens) = (self.n_queries, self.first_seen, self.layer.n_tokens());
+        let per_row = n_queries * (n_tokens - first);
         let mask =
             self.options.mask.map(|m| if m.len() == per_row { m } else { &m[row * per_row..][..per_row] });
         let (key, value) = self.layer.sides(row);
         let spans =
             self.spans.map(|s| if s.len() == n_queries { s } else { &s[row * n_queries..][..n_queries] });
-        let visibility = Visibility { mask, spans, n_queries, n_tokens };
+        let window = self.options.window.map_or(usize::MAX, NonZeroUsize::get);
+        let visibility = Visibility { mask, spans, window, n_queries, first, n_tokens };
         let (keys, values, queries) = (self.keys, self.values, self.queries_of(at));
         Head { key, value, keys, values, head, queries, visibility, options: self.options }
     }
@@ -152,13 +167,14 @@ impl<E: Element> LayerCache<E> {
             .is_some_and(|(k, v)| k.head_dim().is_multiple_of(8) && v.head_dim().is_multiple_of(8))
     }
 
-    /// Attention of `queries` `[batch, query heads, n_queries, key_dim]` over all tokens, the newest included, on at
-    /// most `n_threads` threads.
+    /// Attention of `queries` `[batch, query heads, n_queries, key_dim]` over all tokens, or those of a window, the newest
+    /// included, on at most `n_threads` threads.
     ///
     /// `out` is `[batch, n_queries, query heads, value_dim]`. Query head h reads KV head h / (query heads / KV heads).
     ///
     /// # Errors
-    /// Shapes that do not fit, a layer for which [`LayerCache::can_attend`] is false, no memory.
+    /// Shapes that do not fit, a layer for which [`LayerCache::can_attend`] is false, a window that begins before the
+    /// tokens still held, no memory.
     pub fn attend(
         &self,
         queries: TensorView<'_, E>,
@@ -170,20 +186,24 @@ impl<E: Element> LayerCache<E> {
         let (Some((keys, values)), true) = (self.stream_sets(), self.can_attend()) else {
             return Err(CacheError::NotFused);
         };
+        let seen = options.seen(n_queries, self.n_tokens());
         self.check_queries(&queries, keys.head_dim(), &options, out.len(), values.head_dim())?;
         if out.is_empty() {
             return Ok(());
         }
-        let work = batch * query_heads * n_queries * self.n_tokens() * (dim + values.head_dim());
+        self.check_held(&seen)?;
+        let work = batch * query_heads * n_queries * seen.len() * (dim + values.head_dim());
         let n_threads = if work < WORTH_WAKING { 1 } else { n_threads.max(1) };
         let n_rows = query_heads / self.n_heads() * n_queries;
         let many = n_rows >= dense::MIN_QUERIES;
-        let spans = options.mask.filter(|_| many).and_then(|mask| spans(mask, self.n_tokens()));
+        let spans = options.mask.filter(|_| many).and_then(|mask| spans(mask, seen.len()));
         let mut attend_with = |buffers: &mut Buffers| {
             let Buffers { queries: wide, packed } = buffers;
             widen(&queries, options.scaling, wide)?;
             let (layer, queries, spans) = (self, &**wide, spans.as_deref());
-            let call = Call { layer, keys, values, queries, batch, query_heads, n_queries, options, spans };
+            let first_seen = seen.start;
+            let call =
+                Call { layer, keys, values, queries, batch, query_heads, n_queries, options, first_seen, spans };
             if many {
                 dense::attend(&call, out, n_threads)
             } else {
@@ -209,7 +229,7 @@ impl<E: Element> LayerCache<E> {
         let [batch, query_heads, n_queries, dim] = queries.shape();
         let heads = self.n_heads();
         let masked = options.mask.map_or(0, <[u8]>::len);
-        let per_row = n_queries * self.n_tokens();
+        let per_row = n_queries * options.seen(n_queries, self.n_tokens()).len();
         let mask_fits = options.mask.is_none() || masked == per_row || masked == batch * per_row;
         for (what, given, expected) in [
             ("the queries' batch size", batch, self.batch()),

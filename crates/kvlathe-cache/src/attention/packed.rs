@@ -65,7 +65,7 @@ pub(super) fn attend<E: Element>(
     for blocks in runs(keys.n_blocks(), n_heads, n_threads, MIN_PART_TOKENS.div_ceil(block_len)) {
         memory::grow(all_runs, n_runs + 1, BlockRun::default, "parts of attention")?;
         let run = &mut all_runs[n_runs];
-        call.keys.walk_from(keys.n_sinks_held() + blocks.start * block_len, &mut run.walk);
+        call.keys.walk_from(keys.coded_at() + blocks.start * block_len, &mut run.walk);
         run.blocks = blocks;
         n_runs += 1;
     }

@@ -19,11 +19,16 @@ pub(super) fn spans(mask: &[u8], n_tokens: usize) -> Option<Vec<Range<usize>>> {
 /// Where the queries of one sequence may look.
 #[derive(Clone, Copy)]
 pub(super) struct Visibility<'a> {
-    /// `[n_queries, n_tokens]`, nonzero = seen; without it attention is causal, the last query at the last token.
+    /// `[n_queries, n_tokens − first]`, nonzero = seen; without it attention is causal, the last query at the last token.
     pub(super) mask: Option<&'a [u8]>,
     /// `[n_queries]`: the mask's [`spans`], where they were made and it has them.
     pub(super) spans: Option<&'a [Range<usize>]>,
+    /// Tokens that a query sees at most, its own included; a mask has this in it.
+    pub(super) window: usize,
     pub(super) n_queries: usize,
+    /// Position of the mask's first token; nobody sees an earlier one.
+    pub(super) first: usize,
+    /// Position behind the last token.
     pub(super) n_tokens: usize,
 }
 
@@ -35,10 +40,20 @@ pub(super) enum Sight {
 }
 
 impl Visibility<'_> {
-    fn sees(&self, query: usize, token: usize) -> bool {
-        match self.mask {
-            Some(mask) => mask[query * self.n_tokens + token] != 0,
-            None => token + self.n_queries <= self.n_tokens + query,
+    fn mask_row<'a>(&self, mask: &'a [u8], query: usize) -> &'a [u8] {
+        let n_columns = self.n_tokens - self.first;
+        &mask[query * n_columns..][..n_columns]
+    }
+
+    /// Positions that a query sees, where they are one run and that is known.
+    fn span(&self, query: usize) -> Option<Range<usize>> {
+        match (self.mask, self.spans) {
+            (None, _) => {
+                let end = self.n_tokens - self.n_queries + query + 1;
+                Some(end.saturating_sub(self.window)..end)
+            }
+            (_, Some(spans)) => Some(self.first + spans[query].start..self.first + spans[query].end),
+            _ => None,
         }
     }
 
@@ -52,21 +67,27 @@ impl Visibility<'_> {
             } else {
                 (0, self.n_queries - 1)
             };
+            let (first, last) = (offset + first, offset + last);
             return match () {
-                () if tokens.end <= offset + first + 1 => Sight::All,
-                () if tokens.start > offset + last => Sight::None,
+                () if tokens.end <= first + 1 && last.saturating_sub(tokens.start) < self.window => Sight::All,
+                () if tokens.start > last || (first + 1).saturating_sub(tokens.end) >= self.window => Sight::None,
                 () => Sight::Some,
             };
         };
+        if tokens.end <= self.first {
+            return Sight::None;
+        }
+        let begins_before = tokens.start < self.first;
+        let columns = tokens.start.max(self.first) - self.first..tokens.end - self.first;
         if let Some(spans) = self.spans {
             let (mut all, mut any) = (true, false);
             for row in rows.start..rows.end.min(rows.start + self.n_queries) {
                 let span = &spans[row % self.n_queries];
-                all &= span.start <= tokens.start && tokens.end <= span.end;
-                any |= span.start < tokens.end && tokens.start < span.end;
+                all &= span.start <= columns.start && columns.end <= span.end;
+                any |= span.start < columns.end && columns.start < span.end;
             }
             return match (all, any) {
-                (true, _) => Sight::All,
+                (true, _) if !begins_before => Sight::All,
                 (_, true) => Sight::Some,
                 _ => Sight::None,
             };
@@ -74,12 +95,12 @@ impl Visibility<'_> {
         // Folds without an early end, for the vectoriser.
         let (mut all, mut any) = (u8::MAX, 0);
         for row in rows.start..rows.end.min(rows.start + self.n_queries) {
-            let row = &mask[row % self.n_queries * self.n_tokens..][tokens.clone()];
+            let row = &self.mask_row(mask, row % self.n_queries)[columns.clone()];
             all = row.iter().fold(all, |all, &seen| all & (0u8.wrapping_sub(u8::from(seen != 0))));
             any = row.iter().fold(any, |any, &seen| any | seen);
         }
         match (all, any) {
-            (u8::MAX, _) => Sight::All,
+            (u8::MAX, _) if !begins_before => Sight::All,
             (_, 0) => Sight::None,
             _ => Sight::Some,
         }
@@ -101,10 +122,18 @@ impl Visibility<'_> {
             return;
         }
         for (row, scores) in rows.zip(scores.chunks_exact_mut(width)) {
-            let query = row % self.n_queries;
-            for (t, score) in scores[..valid].iter_mut().enumerate() {
-                if !self.sees(query, first + t) {
-                    *score = f32::NEG_INFINITY;
+            let (query, scores) = (row % self.n_queries, &mut scores[..valid]);
+            if let Some(span) = self.span(query) {
+                let column = |position: usize| position.saturating_sub(first).min(valid);
+                scores[..column(span.start)].fill(f32::NEG_INFINITY);
+                scores[column(span.end)..].fill(f32::NEG_INFINITY);
+            } else if let Some(mask) = self.mask {
+                let n_before = self.first.saturating_sub(first).min(valid);
+                let (before, scores) = scores.split_at_mut(n_before);
+                before.fill(f32::NEG_INFINITY);
+                let seen = &self.mask_row(mask, query)[(first + n_before).saturating_sub(self.first)..];
+                for (score, &seen) in scores.iter_mut().zip(seen) {
+                    *score = if seen == 0 { f32::NEG_INFINITY } else { *score };
                 }
             }
         }
@@ -113,6 +142,8 @@ impl Visibility<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use super::{Sight, Visibility, spans};
 
     #[test]
@@ -124,23 +155,66 @@ mod tests {
         assert!(spans(&[1, 0, 1], 3).is_none(), "two runs");
 
         let mask = Some(&causal_behind_padding[..]);
-        let plain = Visibility { mask, spans: None, n_queries, n_tokens };
+        let window = usize::MAX;
+        let plain = Visibility { mask, spans: None, window, n_queries, first: 0, n_tokens };
         let quick = Visibility { spans: Some(&found), ..plain };
-        let name = |sight| match sight {
-            Sight::All => "all",
-            Sight::Some => "some",
-            Sight::None => "none",
-        };
-        // Two query heads' rows.
-        for first in 0..2 * n_queries {
-            for end in first + 1..=2 * n_queries {
-                for start in 0..n_tokens {
-                    for stop in start + 1..=n_tokens {
-                        let of = |which: &Visibility<'_>| name(which.sight(first..end, start..stop));
-                        assert_eq!(of(&plain), of(&quick), "rows {first}..{end}, tokens {start}..{stop}");
-                    }
-                }
+        let sees = |query: usize, token: usize| causal_behind_padding[query * n_tokens + token] != 0;
+        same_as(&plain, sees);
+        same_as(&quick, sees);
+        // Behind two tokens that have left a window.
+        let sees = |query: usize, token: usize| token >= 2 && sees(query, token - 2);
+        same_as(&Visibility { first: 2, n_tokens: n_tokens + 2, ..plain }, sees);
+        same_as(&Visibility { first: 2, n_tokens: n_tokens + 2, ..quick }, sees);
+    }
+
+    #[test]
+    fn a_window_hides_what_is_older() {
+        for (n_queries, window) in [(1, 1), (1, 4), (3, 2), (3, 5), (3, usize::MAX)] {
+            let (spans, n_tokens) = (None, 7);
+            let seen = Visibility { mask: None, spans, window, n_queries, first: 0, n_tokens };
+            let place = |query: usize| n_tokens - n_queries + query;
+            same_as(&seen, |query, token| token <= place(query) && place(query) - token < window);
+        }
+    }
+
+    /// What `hide` and `sight` say of all runs of tokens and rows of two query heads, against what each query sees.
+    fn same_as(visibility: &Visibility<'_>, sees: impl Fn(usize, usize) -> bool) {
+        let (n_queries, n_tokens) = (visibility.n_queries, visibility.n_tokens);
+        for rows in runs(2 * n_queries) {
+            for tokens in runs(n_tokens) {
+                let seen: Vec<bool> = rows
+                    .clone()
+                    .flat_map(|row| tokens.clone().map(move |token| (row % n_queries, token)))
+                    .map(|(query, token)| sees(query, token))
+                    .collect();
+                let expected = match (seen.iter().all(|&s| s), seen.iter().any(|&s| s)) {
+                    (true, _) => "all",
+                    (_, true) => "some",
+                    _ => "none",
+                };
+                let given = match visibility.sight(rows.clone(), tokens.clone()) {
+                    Sight::All => "all",
+                    Sight::Some => "some",
+                    Sight::None => "none",
+                };
+                // Rows of several heads may be taken for all of them.
+                let is_careful = given == "some" && rows.start / n_queries != (rows.end - 1) / n_queries;
+                assert!(given == expected || is_careful, "{given} for {expected}: {rows:?} of {tokens:?}");
+
+                // A column of padding, which nobody sees.
+                let width = tokens.len() + 1;
+                let mut scores = vec![1.0; rows.len() * width];
+                visibility.hide(&mut scores, (width, tokens.len()), tokens.start, rows.clone());
+                let shown: Vec<bool> = scores.chunks_exact(width).flatten().map(|s| *s == 1.0).collect();
+                let with_padding: Vec<bool> =
+                    seen.chunks_exact(tokens.len()).flat_map(|row| row.iter().copied().chain([false])).collect();
+                assert_eq!(shown, with_padding, "{rows:?} of {tokens:?}");
             }
         }
+    }
+
+    /// All runs of some of the first `n`.
+    fn runs(n: usize) -> impl Iterator<Item = Range<usize>> {
+        (0..n).flat_map(move |first| (first + 1..=n).map(move |end| first..end))
     }
 }

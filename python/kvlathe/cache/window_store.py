@@ -1,0 +1,105 @@
+"""Stores of a sliding window: they forget what no later query sees; positions go on counting.
+
+A query sees ``sliding_window`` tokens, its own included, so ``sliding_window - 1`` past tokens are all that a later call
+can need. Older ones are dropped, coded ones in whole blocks, which leaves up to a block less one more.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from .layer_store import LayerStore, Policy
+from .native_store import NativeStore
+from .torch_store import TorchStore
+
+
+class WindowStore(LayerStore, Protocol):
+    """What a `WindowLayer` needs of a store.
+
+    Attributes:
+        keeps_all: nothing is forgotten for now: tokens may still be rolled back, and a shorter sequence sees older ones.
+    """
+
+    keeps_all: bool
+
+    @property
+    def first(self) -> int:
+        """Position from which on both sides are held."""
+
+    def forget(self) -> None:
+        """Drop what no later query can see."""
+
+
+class NativeWindowStore(NativeStore):
+    """A `NativeStore` that forgets what has left the window."""
+
+    def __init__(
+        self,
+        key_codec: object,
+        value_codec: object,
+        policy: Policy,
+        keys: Tensor,
+        values: Tensor,
+        sliding_window: int,
+    ) -> None:
+        super().__init__(key_codec, value_codec, policy, keys, values)
+        self._window = sliding_window
+        self._n_past = sliding_window - 1
+        self.keeps_all = False
+
+    @property
+    def first(self) -> int:
+        return self._layer.first
+
+    def compress(self) -> None:
+        # First what is out of sight, so that nobody codes it.
+        if not self.keeps_all:
+            self.forget()
+        super().compress()
+
+    def forget(self) -> None:
+        self._layer.forget_before(max(0, self.n_tokens - self._n_past))
+
+    def read(self, room: int = 0) -> tuple[Tensor, Tensor]:
+        """The visible past, [B, H, min(n_tokens, sliding_window - 1) + room, D]."""
+        n_tokens = self.n_tokens
+        return self._read(max(0, n_tokens - self._n_past), n_tokens, n_tokens, room)
+
+
+class TorchWindowStore(TorchStore):
+    """A `TorchStore` that forgets what has left the window."""
+
+    def __init__(
+        self,
+        k_compressor: nn.Module,
+        v_compressor: nn.Module,
+        policy: Policy,
+        keys: Tensor,
+        values: Tensor,
+        sliding_window: int,
+    ) -> None:
+        super().__init__(k_compressor, v_compressor, policy, keys, values)
+        self._n_past = sliding_window - 1
+        self.keeps_all = False
+
+    @property
+    def first(self) -> int:
+        return max(side.first for side in self._sides)
+
+    def compress(self) -> None:
+        if not self.keeps_all:
+            self.forget()
+        super().compress()
+
+    def forget(self) -> None:
+        with self._both_or_none() as sides:
+            for side in sides:
+                side.forget_before(self.n_tokens - self._n_past)
+
+    def read(self, room: int = 0) -> tuple[Tensor, Tensor]:
+        """The visible past, [B, H, min(n_tokens, sliding_window - 1) + room, D]."""
+        length = min(self.n_tokens, self._n_past) + room
+        keys, values = super().read(room)
+        return keys[:, :, keys.shape[2] - length :], values[:, :, values.shape[2] - length :]
