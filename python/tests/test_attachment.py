@@ -16,6 +16,7 @@ from cache_helpers import identity_cache
 from kvlathe import CalibrationOptions, CompressedDynamicCache, Preset, attach, calibrate, detach
 from kvlathe.attachment import ATTENTION_NAME
 from kvlathe.cache.native_store import NativeStore
+from kvlathe.cache.window import WindowLayer
 from kvlathe.errors import ModelError
 from tiny_models import VOCAB, tiny
 
@@ -23,6 +24,7 @@ MODELS = [
     "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_neox", "glm", "cohere",
     "smollm3", "stablelm", "gpt_oss",
 ]  # fmt: skip
+WINDOWED = ["mistral", "gemma2", "gemma3", "gpt_oss"]
 _PRESETS: dict[str, Preset] = {}
 
 
@@ -42,10 +44,16 @@ def prompt(batch: int, length: int) -> torch.Tensor:
 
 @torch.no_grad()
 def logits_of(
-    model: PreTrainedModel, preset: Preset, ids: torch.Tensor, mask: torch.Tensor, steps: list[int]
+    model: PreTrainedModel,
+    preset: Preset,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    steps: list[int],
+    cache: CompressedDynamicCache | None = None,
 ) -> list[torch.Tensor]:
     """Logits of a prefill and of the following steps of the given lengths."""
-    cache = CompressedDynamicCache.from_preset(preset, uncompressed_tail=8)
+    if cache is None:
+        cache = CompressedDynamicCache.from_preset(preset, uncompressed_tail=8)
     cache.note_padding(mask)
     at = ids.shape[1] - sum(steps)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
@@ -95,6 +103,41 @@ def test_logits_are_those_of_the_expanded_path(name: str, padding: int, steps: l
         assert (a[:, keep] - b[:, keep]).abs().mean() < 1e-3
 
 
+@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize("padding", [0, 8])
+@pytest.mark.parametrize("steps", [[1] * 12, [5, 3, 1, 9, 1], [30, 1, 24, 60]], ids=["one", "short", "long"])
+@pytest.mark.filterwarnings("ignore::kvlathe.errors.UnverifiedPresetWarning")
+def test_windows_that_forget_give_the_logits_of_the_expanded_path(
+    name: str, padding: int, steps: list[int]
+) -> None:
+    model = tiny(name)
+    preset = preset_of(name, model)
+    ids = prompt(2, 54 + sum(steps))
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+
+    def logits() -> list[torch.Tensor]:
+        cache = CompressedDynamicCache.from_preset(preset, model=model, uncompressed_tail=8)
+        found = logits_of(model, preset, ids, mask, steps, cache)
+        windows = [layer for layer in cache.layers if isinstance(layer, WindowLayer)]
+        assert windows
+        for layer in windows:
+            # Something was forgotten, and something is coded.
+            assert layer._store.first > 0 and layer.n_coded > 0
+        return found
+
+    expected = logits()
+    attach(model)
+    try:
+        got = logits()
+    finally:
+        detach(model)
+    for a, b in zip(got, expected, strict=True):
+        keep = slice(padding, None) if a.shape[1] > padding else slice(None)
+        torch.testing.assert_close(a[:, keep], b[:, keep], atol=3e-2, rtol=2e-3)
+        assert (a[:, keep] - b[:, keep]).abs().mean() < 1e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("steps", [[1, 1, 3, 1], [30, 1, 24]], ids=["short", "long"])
 def test_half_precision_models(dtype: torch.dtype, steps: list[int]) -> None:
@@ -135,15 +178,17 @@ def test_generate(kwargs: dict[str, int]) -> None:
     assert torch.equal(stock, model.generate(input_ids=ids, past_key_values=DynamicCache(), **common))
 
 
-def test_nothing_is_expanded_while_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny("llama")
-    cache = CompressedDynamicCache.from_preset(preset_of("llama", model), uncompressed_tail=8)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+@pytest.mark.filterwarnings("ignore::kvlathe.errors.UnverifiedPresetWarning")
+def test_nothing_is_expanded_while_decoding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(name)
+    cache = CompressedDynamicCache.from_preset(preset_of(name, model), model=model, uncompressed_tail=8)
     attach(model)
     try:
         with torch.no_grad():
             model(input_ids=prompt(1, 50), past_key_values=cache, use_cache=True)
             monkeypatch.setattr(
-                "kvlathe.cache.native_store.NativeStore.read", lambda *_: pytest.fail("expanded")
+                "kvlathe.cache.native_store.NativeStore._read", lambda *_, **__: pytest.fail("expanded")
             )
             for _ in range(20):
                 model(input_ids=prompt(1, 1), past_key_values=cache, use_cache=True)
@@ -329,10 +374,14 @@ def test_a_chunk_size_in_a_config_given_by_position_counts(
     assert seen == expected
 
 
-def test_chunked_prefill_expands_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny("llama")
-    cache = CompressedDynamicCache.from_preset(preset_of("llama", model), uncompressed_tail=8)
-    monkeypatch.setattr("kvlathe.cache.native_store.NativeStore.read", lambda *_: pytest.fail("expanded"))
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+@pytest.mark.filterwarnings("ignore::kvlathe.errors.UnverifiedPresetWarning")
+def test_chunked_prefill_expands_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(name)
+    cache = CompressedDynamicCache.from_preset(preset_of(name, model), model=model, uncompressed_tail=8)
+    monkeypatch.setattr(
+        "kvlathe.cache.native_store.NativeStore._read", lambda *_, **__: pytest.fail("expanded")
+    )
     attach(model).generate(
         input_ids=prompt(1, 90),
         past_key_values=cache,

@@ -15,6 +15,7 @@ from cache_helpers import low_rank, random_kv, stream_compressor
 from kvlathe import IdentityCompressor
 from kvlathe.cache.layer_store import Policy
 from kvlathe.cache.window import WindowLayer
+from kvlathe.cache.window_store import TorchWindowStore, WindowStore
 from kvlathe.errors import RollbackError, ShapeError
 
 WINDOW = 60
@@ -35,6 +36,9 @@ KINDS: dict[str, tuple[Callable[[str], nn.Module], float]] = {
     "identity": (lambda _: IdentityCompressor(), 0.0),
     "streams": (lambda side: stream_compressor(bits=8.0, side=side), 0.2),
     "low_rank": (lambda _: low_rank(rank=16), 0.1),
+    # As on a GPU.
+    "streams_in_torch": (lambda side: stream_compressor(bits=8.0, side=side), 0.2),
+    "low_rank_in_torch": (lambda _: low_rank(rank=16), 0.1),
     "users": (lambda _: _Halves(), 2e-3),
 }
 
@@ -44,9 +48,19 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+class _InTorch(WindowLayer):
+    def _new_store(self, key_states: Tensor, value_states: Tensor) -> WindowStore:
+        store = TorchWindowStore(
+            self._k_compressor, self._v_compressor, self.policy, key_states, value_states, self.sliding_window
+        )
+        store.keeps_all = self.record_past
+        return store
+
+
 def make(kind: str, window: int = WINDOW, tail: int = 8) -> WindowLayer:
     compressor, _ = KINDS[kind]
-    return WindowLayer(compressor("key"), compressor("value"), Policy(4, 0, tail), window)
+    layer = _InTorch if kind.endswith("in_torch") else WindowLayer
+    return layer(compressor("key"), compressor("value"), Policy(4, 0, tail), window)
 
 
 def close(kind: str, given: Tensor, expected: Tensor) -> bool:
@@ -161,8 +175,9 @@ def test_a_window_of_one_token_sees_no_past() -> None:
         make("identity", window=0)
 
 
-def test_sinks_are_exact_while_they_are_in_the_window() -> None:
-    layer = make("streams", tail=8)
+@pytest.mark.parametrize("kind", ["streams", "streams_in_torch"])
+def test_sinks_are_exact_while_they_are_in_the_window(kind: str) -> None:
+    layer = make(kind, tail=8)
     keys, values = random_kv(120)
     layer.update(keys[:, :, :50], values[:, :, :50])
     assert layer.n_coded > 0
@@ -172,4 +187,4 @@ def test_sinks_are_exact_while_they_are_in_the_window() -> None:
     assert torch.equal(layer.keys[:, :, :2], keys[:, :, 2:4])
     layer.update(keys[:, :, 61:], values[:, :, 61:])
     assert not torch.equal(layer.keys[:, :, :1], keys[:, :, 61:62])
-    assert close("streams", layer.keys, keys[:, :, 61:])
+    assert close(kind, layer.keys, keys[:, :, 61:])

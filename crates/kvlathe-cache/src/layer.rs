@@ -320,7 +320,11 @@ impl<E: Element> LayerCache<E> {
     /// That none of some tokens was forgotten.
     pub(crate) fn check_held(&self, tokens: &Range<usize>) -> Result<()> {
         let (wanted, first) = (tokens.start, self.first());
-        if tokens.is_empty() || wanted >= first { Ok(()) } else { Err(CacheError::Forgotten { wanted, first }) }
+        if tokens.is_empty() || wanted >= first {
+            Ok(())
+        } else {
+            Err(CacheError::Forgotten { wanted, first })
+        }
     }
 
     /// Removes the newest `n_tokens` of every sequence.

@@ -133,7 +133,8 @@ fn any_run_of_tokens_can_be_read_alone() {
 fn what_has_left_a_window_is_dropped() {
     let (window, step, policy) = (60, 7, Policy { n_sinks: 4, compress_start_len: 0, n_tail: 16 });
     for coding in [Coding::Exact, blocks(true), low_rank()] {
-        let new = || LayerCache::<f32>::new(coding.clone(), coding.clone(), policy, 1, HEADS, (DIM, DIM)).unwrap();
+        let new =
+            || LayerCache::<f32>::new(coding.clone(), coding.clone(), policy, 1, HEADS, (DIM, DIM)).unwrap();
         let (mut all, mut cache, mut most_bytes) = (new(), new(), [0, 0]);
         for at in 0..100 {
             let data: Vec<f32> = (0..HEADS * step * DIM).map(|i| ((at * 31 + i) as f32).sin()).collect();
@@ -162,7 +163,10 @@ fn what_has_left_a_window_is_dropped() {
         let (first, held) = (cache.first(), cache.n_tokens() - cache.first());
         let mut out = vec![0.0; HEADS * 700 * DIM];
         let wanted = first - 1;
-        assert_eq!(cache.read_keys(wanted..700, &mut out, 700, 1), Err(CacheError::Forgotten { wanted, first }));
+        assert_eq!(
+            cache.read_keys(wanted..700, &mut out, 700, 1),
+            Err(CacheError::Forgotten { wanted, first })
+        );
         assert_eq!(cache.crop(held + 1), Err(CacheError::Crop { given: held + 1, held }));
         cache.crop(held).unwrap();
         assert_eq!((cache.n_tokens(), cache.n_coded()), (first, 0));

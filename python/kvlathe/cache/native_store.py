@@ -102,7 +102,9 @@ class NativeStore:
         if n_queries > 1 and section_attention.pays(queries, n_kv_heads):
             plain = softcap is None and sink_scores is None and key_dim == value_dim
             is_causal = mask is None and self._window is None
-            if plain and (is_causal or (mask is not None and mask.dtype == torch.bool and mask.shape[1] == 1)):
+            if plain and (
+                is_causal or (mask is not None and mask.dtype == torch.bool and mask.shape[1] == 1)
+            ):
                 n_seen = n_tokens if mask is None else mask.shape[3]
                 unseen = n_tokens - n_seen
                 return section_attention.attend(

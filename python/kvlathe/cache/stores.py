@@ -38,9 +38,7 @@ def make_window_store(
     return TorchWindowStore(k_compressor, v_compressor, policy, keys, values, sliding_window)
 
 
-def _native_codecs(
-    k_compressor: nn.Module, v_compressor: nn.Module, keys: Tensor
-) -> tuple[Any, Any] | None:
+def _native_codecs(k_compressor: nn.Module, v_compressor: nn.Module, keys: Tensor) -> tuple[Any, Any] | None:
     """Of both sides (None: exact), if the native cache can hold tensors like ``keys`` coded that way."""
     codecs = native_codec(k_compressor), native_codec(v_compressor)
     on_cpu = keys.device.type == "cpu" and keys.dtype in NATIVE_DTYPES

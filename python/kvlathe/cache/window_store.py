@@ -1,7 +1,7 @@
 """Stores of a sliding window: they forget what no later query sees; positions go on counting.
 
-A query sees ``sliding_window`` tokens, its own included, so ``sliding_window - 1`` past tokens are all that a later call
-can need. Older ones are dropped, coded ones in whole blocks, which leaves up to a block less one more.
+A query sees ``sliding_window`` tokens, its own included, so ``sliding_window - 1`` past tokens are all that a later
+call can need. Older ones are dropped, coded ones in whole blocks, which leaves up to a block less one more.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class WindowStore(LayerStore, Protocol):
     """What a `WindowLayer` needs of a store.
 
     Attributes:
-        keeps_all: nothing is forgotten for now: tokens may still be rolled back, and a shorter sequence sees older ones.
+        keeps_all: forget nothing for now, as tokens may be rolled back and a shorter sequence sees older ones.
     """
 
     keeps_all: bool

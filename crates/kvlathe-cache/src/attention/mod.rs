@@ -202,8 +202,18 @@ impl<E: Element> LayerCache<E> {
             widen(&queries, options.scaling, wide)?;
             let (layer, queries, spans) = (self, &**wide, spans.as_deref());
             let first_seen = seen.start;
-            let call =
-                Call { layer, keys, values, queries, batch, query_heads, n_queries, options, first_seen, spans };
+            let call = Call {
+                layer,
+                keys,
+                values,
+                queries,
+                batch,
+                query_heads,
+                n_queries,
+                options,
+                first_seen,
+                spans,
+            };
             if many {
                 dense::attend(&call, out, n_threads)
             } else {

@@ -69,8 +69,12 @@ impl Visibility<'_> {
             };
             let (first, last) = (offset + first, offset + last);
             return match () {
-                () if tokens.end <= first + 1 && last.saturating_sub(tokens.start) < self.window => Sight::All,
-                () if tokens.start > last || (first + 1).saturating_sub(tokens.end) >= self.window => Sight::None,
+                () if tokens.end <= first + 1 && last.saturating_sub(tokens.start) < self.window => {
+                    Sight::All
+                }
+                () if tokens.start > last || (first + 1).saturating_sub(tokens.end) >= self.window => {
+                    Sight::None
+                }
                 () => Sight::Some,
             };
         };
@@ -206,8 +210,10 @@ mod tests {
                 let mut scores = vec![1.0; rows.len() * width];
                 visibility.hide(&mut scores, (width, tokens.len()), tokens.start, rows.clone());
                 let shown: Vec<bool> = scores.chunks_exact(width).flatten().map(|s| *s == 1.0).collect();
-                let with_padding: Vec<bool> =
-                    seen.chunks_exact(tokens.len()).flat_map(|row| row.iter().copied().chain([false])).collect();
+                let with_padding: Vec<bool> = seen
+                    .chunks_exact(tokens.len())
+                    .flat_map(|row| row.iter().copied().chain([false]))
+                    .collect();
                 assert_eq!(shown, with_padding, "{rows:?} of {tokens:?}");
             }
         }
