@@ -128,10 +128,13 @@ def test_a_forced_instruction_set_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> 
     section_attention.on_amx.cache_clear()
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral"])
 @pytest.mark.parametrize("padding", [0, 9])
-def test_a_model_reads_its_prompt_through_it(padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks behind a first one, left padding included: logits as through expanded tensors."""
-    model = copy.deepcopy(model_of("llama")).to(torch.bfloat16)
+def test_a_model_reads_its_prompt_through_it(
+    name: str, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks behind a first one, left padding and a window included: logits as through expanded tensors."""
+    model = copy.deepcopy(model_of(name)).to(torch.bfloat16)
     ids, mask = tokens(120, batch=2), torch.ones(2, 120, dtype=torch.long)
     mask[1, :padding] = 0
     attend, calls = section_attention.attend, []
@@ -141,7 +144,7 @@ def test_a_model_reads_its_prompt_through_it(padding: int, monkeypatch: pytest.M
 
     @torch.no_grad()
     def logits() -> Tensor:
-        cache = compressed_cache("llama")
+        cache = compressed_cache(name)
         cache.note_padding(mask)
         outputs = [
             model(
