@@ -244,6 +244,19 @@ impl<E: Element> Pair<E> {
 
     fn compress(&mut self) {
         self.cache.compress(1).expect("what was taken can be coded");
+        self.compressed();
+    }
+
+    /// As `forget_before`, then `compress`.
+    fn slide(&mut self, position: usize) {
+        self.cache.slide(position, 1).expect("what was taken can be coded");
+        for side in &mut self.sides {
+            side.forget_before(position, self.policy);
+        }
+        self.compressed();
+    }
+
+    fn compressed(&mut self) {
         assert!(!self.cache.is_due());
         let granularity = self.sides.iter().map(|side| side.coding.granularity()).max().unwrap_or(1);
         for side in &mut self.sides {
@@ -378,7 +391,10 @@ fn steps<E: Element>(source: &mut Source<'_>) {
             5 | 6 => pair.append(source),
             7 => pair.compress(),
             8 | 9 => pair.crop(source.below(30)),
-            10 => pair.forget_before(source.below(pair.n_tokens() + 1)),
+            10 => {
+                let position = source.below(pair.n_tokens() + 1);
+                if source.any() { pair.forget_before(position) } else { pair.slide(position) }
+            }
             11 | 12 => {
                 let rows: Vec<usize> =
                     (0..source.below(MOST_ROWS + 1)).map(|_| source.below(MOST_ROWS)).collect();

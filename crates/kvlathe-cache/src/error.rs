@@ -29,7 +29,7 @@ pub enum CacheError {
         /// What its shape needs.
         expected: usize,
     },
-    /// More tokens to remove than there are.
+    /// More tokens to remove than are held.
     #[error("cannot remove {given} tokens, the cache holds {held}")]
     Crop {
         /// Tokens to remove.
@@ -39,7 +39,7 @@ pub enum CacheError {
     },
     /// Tokens that have left a sliding window.
     #[error(
-        "the token at position {wanted} was dropped, the cache holds those from {first} on; ask for a window that it still holds"
+        "the token at position {wanted} is no longer held, as it has left the layer's sliding window; the first that is held is {first}"
     )]
     Forgotten {
         /// Position of the first token asked for.

@@ -84,11 +84,7 @@ impl<E: Element> ExactRun<E> {
 
     /// Gives back room far beyond what is held.
     pub(crate) fn trim(&mut self) {
-        for run in &mut self.heads {
-            if run.capacity() > run.len() + 128 * self.head_dim {
-                run.shrink_to(run.len() + 32 * self.head_dim);
-            }
-        }
+        self.heads.iter_mut().for_each(|run| trim(run, self.head_dim));
     }
 
     pub(crate) fn truncate(&mut self, n_tokens: usize) {
@@ -100,5 +96,13 @@ impl<E: Element> ExactRun<E> {
     /// Bytes allocated.
     pub(crate) fn bytes(&self) -> usize {
         self.heads.iter().map(|run| run.capacity() * size_of::<E>()).sum()
+    }
+}
+
+/// Gives back room far beyond what a run holds, of which `per_token` is one token. What [`ExactRun::reserve`] makes for
+/// later is not that much.
+pub(crate) fn trim<T>(run: &mut Vec<T>, per_token: usize) {
+    if run.capacity() - run.len() > (128 * per_token).max(run.len() / 4) {
+        run.shrink_to(run.len() + 32 * per_token);
     }
 }

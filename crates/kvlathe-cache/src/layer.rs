@@ -8,7 +8,7 @@ use kvlathe_codec::{Element, StreamSet, memory};
 use crate::coding::Coding;
 use crate::error::{CacheError, Result};
 use crate::pieces::{EncodePiece, ReadPiece};
-use crate::side::SideRow;
+use crate::side::{SideRow, Stale};
 use crate::threads::for_each_item;
 use crate::view::TensorView;
 
@@ -217,15 +217,23 @@ impl<E: Element> LayerCache<E> {
     /// Whether [`LayerCache::compress`] would code anything: a look, without work.
     #[must_use]
     pub fn is_due(&self) -> bool {
-        let granularity = self.granularity();
-        self.n_tokens > self.policy.compress_start_len
-            && self.rows.first().is_some_and(|row| {
-                row.sides().into_iter().any(|side| due_tokens(side, self.policy, granularity) > 0)
-            })
+        self.is_due_behind(0)
     }
 
-    fn granularity(&self) -> usize {
-        self.key.granularity().max(self.value.granularity())
+    /// As [`LayerCache::is_due`], of [`LayerCache::slide`].
+    fn is_due_behind(&self, position: usize) -> bool {
+        self.rows.first().is_some_and(|row| {
+            row.sides().into_iter().any(|side| self.due_tokens(side, &side.stale(position)) > 0)
+        })
+    }
+
+    /// How many tokens of a side have left the tail, in whole blocks, once those that are stale are gone.
+    fn due_tokens(&self, side: &SideRow<E>, stale: &Stale) -> usize {
+        if !side.is_coded() || self.n_tokens <= self.policy.compress_start_len {
+            return 0;
+        }
+        let granularity = self.key.granularity().max(self.value.granularity());
+        (side.n_tail() - stale.n_tail).saturating_sub(self.policy.n_tail) / granularity * granularity
     }
 
     /// Codes every whole block that has left the tail, on at most `n_threads` threads.
@@ -233,22 +241,38 @@ impl<E: Element> LayerCache<E> {
     /// # Errors
     /// What the codec refuses, no memory. All tokens stay exact then.
     pub fn compress(&mut self, n_threads: usize) -> Result<()> {
-        if !self.is_due() {
+        self.slide(0, n_threads)
+    }
+
+    /// As [`LayerCache::forget_before`], then [`LayerCache::compress`]; what is forgotten is not coded first.
+    ///
+    /// # Errors
+    /// As [`LayerCache::compress`]. Nothing is forgotten then.
+    pub fn slide(&mut self, position: usize, n_threads: usize) -> Result<()> {
+        if !self.is_due_behind(position) {
+            self.forget_before(position);
             return Ok(());
         }
-        let (policy, granularity) = (self.policy, self.granularity());
-        let mut new = memory::room(2 * self.rows.len(), "coded tokens")?;
-        for side in self.rows.iter_mut().flat_map(Row::sides_mut) {
-            let n_tokens = due_tokens(side, policy, granularity);
-            new.push((side.reserve_coded(n_tokens)?, n_tokens));
+        let n_sides = 2 * self.rows.len();
+        let mut plans = memory::room(n_sides, "coded tokens")?;
+        for side in self.rows.iter().flat_map(Row::sides) {
+            let stale = side.stale(position);
+            plans.push((self.due_tokens(side, &stale), stale));
+        }
+        let mut new = memory::room(n_sides, "coded tokens")?;
+        for (side, (n_tokens, _)) in self.rows.iter_mut().flat_map(Row::sides_mut).zip(&plans) {
+            new.push(side.reserve_coded(*n_tokens)?);
         }
         let mut pieces = Vec::new();
-        for (side, (new, _)) in self.rows.iter().flat_map(Row::sides).zip(&mut new) {
-            side.encode_pieces(new, &mut pieces)?;
+        for ((side, new), (_, stale)) in self.rows.iter().flat_map(Row::sides).zip(&mut new).zip(&plans) {
+            side.encode_pieces(stale.n_tail, new, &mut pieces)?;
         }
-        // Nothing leaves the tail before every side has been coded: an error must find all sides alike.
+        // Nothing goes before every side has been coded: an error must find all sides alike.
         for_each_item(n_threads, pieces, EncodePiece::encode)?;
-        for (side, (new, n_tokens)) in self.rows.iter_mut().flat_map(Row::sides_mut).zip(new) {
+        for ((side, new), (n_tokens, stale)) in
+            self.rows.iter_mut().flat_map(Row::sides_mut).zip(new).zip(plans)
+        {
+            side.forget(&stale);
             side.commit(new, n_tokens);
         }
         Ok(())
@@ -312,9 +336,12 @@ impl<E: Element> LayerCache<E> {
     }
 
     /// Drops tokens before `position`, which no later query sees: those that have left a sliding window. Positions go on
-    /// counting. Coded tokens leave in whole blocks, so that up to a block less one more stay.
+    /// counting. Blocks leave whole and other tokens some at a time, so that up to a block less one, or fifteen, stay.
     pub fn forget_before(&mut self, position: usize) {
-        self.rows.iter_mut().flat_map(Row::sides_mut).for_each(|side| side.forget_before(position));
+        for side in self.rows.iter_mut().flat_map(Row::sides_mut) {
+            let stale = side.stale(position);
+            side.forget(&stale);
+        }
     }
 
     /// That none of some tokens was forgotten.
@@ -333,7 +360,7 @@ impl<E: Element> LayerCache<E> {
     /// decoded values in the tail.
     ///
     /// # Errors
-    /// More tokens than there are, no memory for the rest of a block. The cache is unchanged then.
+    /// More tokens than are held, no memory for the rest of a block. The cache is unchanged then.
     pub fn crop(&mut self, n_tokens: usize) -> Result<()> {
         let held = self.n_tokens - self.first();
         if n_tokens > held {
@@ -377,9 +404,4 @@ impl<E: Element> LayerCache<E> {
         }
         use_
     }
-}
-
-/// How many tokens of a side have left the tail, in whole blocks.
-fn due_tokens<E: Element>(side: &SideRow<E>, policy: Policy, granularity: usize) -> usize {
-    if side.is_coded() { side.n_tail().saturating_sub(policy.n_tail) / granularity * granularity } else { 0 }
 }

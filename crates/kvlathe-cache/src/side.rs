@@ -9,7 +9,7 @@ use kvlathe_codec::{Element, LowRank, Scratch, StreamSet, best_isa, memory};
 use crate::block::Block;
 use crate::coding::Coding;
 use crate::error::Result;
-use crate::exact::ExactRun;
+use crate::exact::{ExactRun, trim};
 use crate::pieces::{EncodePiece, ReadPiece};
 use crate::view::TensorView;
 
@@ -50,7 +50,15 @@ const LOW_RANK_TOKENS: usize = 1024;
 /// What [`SideRow::cut`] found: the block that is cut, as exact tokens without those that go.
 pub(crate) struct Cut<E>(Option<ExactRun<E>>);
 
-/// Exact tokens, and those of a low-rank coding, that are forgotten together at least.
+/// Tokens that no query sees any more.
+pub(crate) struct Stale {
+    n_sinks: usize,
+    n_coded: usize,
+    /// None while older ones are still coded.
+    pub(crate) n_tail: usize,
+}
+
+/// Exact tokens, and those of a low-rank coding, that are dropped together at least.
 const FORGOTTEN_TOGETHER: usize = 16;
 
 /// Tokens of one row and side, oldest first: sinks, coded, tail. A side that is not coded keeps all in its tail.
@@ -189,22 +197,23 @@ impl<E: Element> SideRow<E> {
         })
     }
 
-    /// Lists what codes the tail's oldest tokens into `new`, for which [`SideRow::reserve_coded`] has made room.
+    /// Lists what codes the tail's tokens from `skipped` on into `new`, for which [`SideRow::reserve_coded`] has made room.
     pub(crate) fn encode_pieces<'a>(
         &'a self,
+        skipped: usize,
         new: &'a mut NewCoded,
         pieces: &mut Vec<EncodePiece<'a, E>>,
     ) -> Result<()> {
-        let (position, tokens) = (self.tail_at(), &self.tail);
+        let (tail_at, tokens) = (self.tail_at(), &self.tail);
         match (&self.coded, new) {
             (Some(Coded::Blocks(set, _)), NewCoded::Blocks(new)) => {
                 memory::reserve(pieces, new.len(), "a list of tasks")?;
-                let first_tokens = (0..).step_by(set.block_len());
+                let first_tokens = (skipped..).step_by(set.block_len());
                 pieces.extend(new.iter_mut().zip(first_tokens).map(|(block, first)| EncodePiece::Block {
                     set,
                     tokens,
                     first,
-                    position: position + first,
+                    position: tail_at + first,
                     block,
                 }));
             }
@@ -212,7 +221,7 @@ impl<E: Element> SideRow<E> {
                 memory::reserve(pieces, new.len(), "a list of tasks")?;
                 pieces.extend(new.iter_mut().enumerate().map(|(head, coded)| EncodePiece::Vectors {
                     coder,
-                    vectors: tokens.head(head),
+                    vectors: tokens.tokens_from(head, skipped).data,
                     coded,
                 }));
             }
@@ -227,8 +236,11 @@ impl<E: Element> SideRow<E> {
             (Some(Coded::Blocks(_, blocks)), NewCoded::Blocks(new)) => {
                 blocks.extend(new.into_iter().flatten())
             }
-            (Some(Coded::LowRank(_, heads)), NewCoded::LowRank(new)) => {
-                heads.iter_mut().zip(new).for_each(|(coded, new)| coded.extend(new));
+            (Some(Coded::LowRank(coder, heads)), NewCoded::LowRank(new)) => {
+                for (coded, new) in heads.iter_mut().zip(new) {
+                    coded.extend(new);
+                    trim(coded, coder.vector_bytes());
+                }
             }
             _ => return,
         }
@@ -323,34 +335,37 @@ impl<E: Element> SideRow<E> {
         self.sinks.truncate(self.sinks.n_tokens() - (n_tokens - from_tail - from_coded));
     }
 
-    /// Drops tokens before `position`, oldest first; coded ones in whole blocks, others a few at a time, so that some of
-    /// them may stay.
-    pub(crate) fn forget_before(&mut self, position: usize) {
+    /// What is before `position`, oldest first; coded tokens in whole blocks, others some at a time.
+    pub(crate) fn stale(&self, position: usize) -> Stale {
         let n_sinks = position.saturating_sub(self.first).min(self.sinks.n_tokens());
+        let n_coded = position.saturating_sub(self.coded_at()).min(self.n_coded());
+        let n_coded = match &self.coded {
+            Some(Coded::Blocks(set, _)) => n_coded / set.block_len() * set.block_len(),
+            _ => dropped_together(n_coded, self.n_coded()),
+        };
+        let n_tail = position.saturating_sub(self.tail_at()).min(self.n_tail());
+        let n_tail = if n_coded == self.n_coded() { dropped_together(n_tail, self.n_tail()) } else { 0 };
+        Stale { n_sinks, n_coded, n_tail }
+    }
+
+    /// Drops what [`SideRow::stale`] has found.
+    pub(crate) fn forget(&mut self, stale: &Stale) {
+        let Stale { n_sinks, n_coded, n_tail } = *stale;
         if n_sinks > 0 {
             self.sinks.drop_front(n_sinks);
-            self.first += n_sinks;
         }
-        let n_coded = position.saturating_sub(self.first).min(self.n_coded());
-        self.first += match &mut self.coded {
-            None => 0,
-            Some(Coded::Blocks(set, blocks)) => {
-                let n_blocks = n_coded / set.block_len();
-                blocks.drain(..n_blocks);
-                n_blocks * set.block_len()
+        match &mut self.coded {
+            Some(Coded::Blocks(set, blocks)) => drop(blocks.drain(..n_coded / set.block_len())),
+            Some(Coded::LowRank(coder, heads)) if n_coded > 0 => {
+                // Room stays: it may be reserved for what is about to be coded.
+                heads.iter_mut().for_each(|coded| drop(coded.drain(..n_coded * coder.vector_bytes())));
             }
-            Some(Coded::LowRank(coder, heads)) => {
-                let n_tokens = forgotten(n_coded, heads[0].len() / coder.vector_bytes());
-                heads.iter_mut().for_each(|coded| drop(coded.drain(..n_tokens * coder.vector_bytes())));
-                n_tokens
-            }
-        };
-        let n_exact = position.saturating_sub(self.first).min(self.n_tail());
-        let n_exact = forgotten(n_exact, self.n_tail());
-        if self.n_coded() == 0 && n_exact > 0 {
-            self.tail.drop_front(n_exact);
-            self.first += n_exact;
+            _ => {}
         }
+        if n_tail > 0 {
+            self.tail.drop_front(n_tail);
+        }
+        self.first += n_sinks + n_coded + n_tail;
     }
 
     /// Bytes of sinks and tail.
@@ -372,7 +387,7 @@ impl<E: Element> SideRow<E> {
 }
 
 /// How many of the `n` oldest of `held` tokens are dropped, where those that are left move up: none moves if all go.
-fn forgotten(n: usize, held: usize) -> usize {
+fn dropped_together(n: usize, held: usize) -> usize {
     if n == held { n } else { n / FORGOTTEN_TOGETHER * FORGOTTEN_TOGETHER }
 }
 

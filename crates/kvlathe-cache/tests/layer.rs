@@ -139,12 +139,11 @@ fn what_has_left_a_window_is_dropped() {
         for at in 0..100 {
             let data: Vec<f32> = (0..HEADS * step * DIM).map(|i| ((at * 31 + i) as f32).sin()).collect();
             let view = TensorView::contiguous(&data, [1, HEADS, step, DIM]).unwrap();
-            for cache in [&mut all, &mut cache] {
-                cache.append(view, view).unwrap();
-                cache.compress(1).unwrap();
-            }
-            let first = all.n_tokens().saturating_sub(window);
-            cache.forget_before(first);
+            let first = (all.n_tokens() + step).saturating_sub(window);
+            all.append(view, view).unwrap();
+            all.compress(1).unwrap();
+            cache.append(view, view).unwrap();
+            cache.slide(first, 1).unwrap();
             assert_eq!(cache.n_tokens(), all.n_tokens());
             assert!(cache.first() <= first && first - cache.first() < 16, "{} for {first}", cache.first());
             let read = |cache: &LayerCache<f32>| {
@@ -159,6 +158,14 @@ fn what_has_left_a_window_is_dropped() {
             most_bytes[half] = most_bytes[half].max(memory.exact_bytes + memory.coded_bytes);
         }
         assert!(most_bytes[1] <= most_bytes[0], "{coding:?}: {most_bytes:?}");
+
+        // What leaves at once is not coded before.
+        let mut at_once = new();
+        let view = TensorView::contiguous(&[0.5; HEADS * 500 * DIM], [1, HEADS, 500, DIM]).unwrap();
+        at_once.append(view, view).unwrap();
+        at_once.slide(500 - window, 1).unwrap();
+        assert!(at_once.first() <= 500 - window && 500 - window - at_once.first() < 16);
+        assert_eq!(at_once.n_coded() > 0, !matches!(coding, Coding::Exact));
 
         let (first, held) = (cache.first(), cache.n_tokens() - cache.first());
         let mut out = vec![0.0; HEADS * 700 * DIM];

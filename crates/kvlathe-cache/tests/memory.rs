@@ -82,11 +82,11 @@ fn tensor(n_tokens: usize, batch: usize, seed: usize) -> Vec<f32> {
 type Contents = (usize, usize, usize, Vec<f32>, Vec<f32>, MemoryUse);
 
 fn contents(cache: &LayerCache<f32>) -> Contents {
-    let n = cache.n_tokens();
-    let mut keys = vec![0.0; cache.batch() * HEADS * n * DIM];
+    let (first, n) = (cache.first(), cache.n_tokens());
+    let mut keys = vec![0.0; cache.batch() * HEADS * (n - first) * DIM];
     let mut values = keys.clone();
-    cache.read_keys(0..n, &mut keys, n, 1).unwrap();
-    cache.read_values(0..n, &mut values, n, 1).unwrap();
+    cache.read_keys(first..n, &mut keys, n - first, 1).unwrap();
+    cache.read_values(first..n, &mut values, n - first, 1).unwrap();
     (n, cache.batch(), cache.n_coded(), keys, values, cache.memory_use())
 }
 
@@ -123,13 +123,17 @@ fn every_operation_survives_every_failing_allocation() {
         [(blocks(), blocks()), (Coding::Exact, low_rank()), (low_rank(), blocks()), (blocks(), Coding::Exact)]
     {
         let fused = matches!((&key, &value), (Coding::Blocks(_), Coding::Blocks(_)));
-        let mut cache = LayerCache::<f32>::new(key, value, POLICY, 2, HEADS, (DIM, DIM)).unwrap();
+        let new = || LayerCache::<f32>::new(key.clone(), value.clone(), POLICY, 2, HEADS, (DIM, DIM)).unwrap();
+        let (mut cache, mut window) = (new(), new());
         for (n_tokens, seed) in [(700, 1), (1, 2), (300, 3)] {
             let data = tensor(n_tokens, 2, seed);
             let view = TensorView::contiguous(&data, [2, HEADS, n_tokens, DIM]).unwrap();
             n_failed += survives(&mut cache, |cache| cache.append(view, view));
             n_failed += survives(&mut cache, |cache| cache.compress(1));
+            window.append(view, view).unwrap();
+            n_failed += survives(&mut window, |window| window.slide(window.n_tokens() - 200, 1));
         }
+        assert!(window.first() > 700 && window.n_coded() > 0);
         assert!(cache.n_coded() >= 7 * BLOCK_LEN);
         if fused {
             for n_queries in [1, 300] {

@@ -1,6 +1,7 @@
 //! A step of decoding allocates nothing, but for the blocks that it packs.
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -56,8 +57,15 @@ fn vectors(n: usize, seed: usize) -> Vec<f32> {
     (0..n * DIM).map(|i| ((i * 7 + seed * 131) as f32 * 0.61).sin()).collect()
 }
 
+// One test: the allocator is the process's.
 #[test]
 fn steps_allocate_only_the_blocks_that_they_pack() {
+    decode(None);
+    decode(NonZeroUsize::new(600));
+}
+
+/// Decodes, a layer with a sliding window or with all tokens.
+fn decode(window: Option<NonZeroUsize>) {
     let policy = Policy { n_sinks: 4, compress_start_len: 0, n_tail: 50 };
     let mut cache =
         LayerCache::<f32>::new(blocks(true), blocks(false), policy, 1, HEADS, (DIM, DIM)).unwrap();
@@ -71,18 +79,21 @@ fn steps_allocate_only_the_blocks_that_they_pack() {
     let (mut quiet, mut packing) = (0, 0);
     // The first turn makes what the others use again.
     for step in 0..5 * BLOCK_LEN {
-        let coded = cache.n_coded();
+        // Blocks that leave a window move the first token.
+        let coded_end = |cache: &LayerCache<f32>| cache.first() + cache.n_coded();
+        let coded = coded_end(&cache);
         let before = ALLOCATIONS.load(Ordering::Relaxed);
         let view = TensorView::contiguous(&token, [1, HEADS, 1, DIM]).unwrap();
         cache.append(view, view).unwrap();
         let queries = TensorView::contiguous(&queries, [1, HEADS * GROUP, 1, DIM]).unwrap();
-        cache.attend(queries, AttentionOptions::default(), &mut out, 1).unwrap();
-        cache.compress(1).unwrap();
+        let options = AttentionOptions { window, ..AttentionOptions::default() };
+        cache.attend(queries, options, &mut out, 1).unwrap();
+        cache.slide(window.map_or(0, |window| cache.n_tokens() + 1 - window.get()), 1).unwrap();
         let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;
         if step < 2 * BLOCK_LEN {
             continue;
         }
-        if cache.n_coded() == coded {
+        if coded_end(&cache) == coded {
             quiet += 1;
             assert_eq!(allocations, 0, "step {step}");
         } else {

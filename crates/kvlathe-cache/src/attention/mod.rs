@@ -63,7 +63,7 @@ pub struct AttentionOptions<'a> {
     /// Which keys a query sees, `[1 or batch, n_queries, n_seen]`, nonzero = seen; `n_seen` are the last tokens, those
     /// that [`AttentionOptions::seen`] says. Without it attention is causal, the last query at the last token.
     pub mask: Option<&'a [u8]>,
-    /// Sliding-window attention: a query sees the last so many tokens at most, its own included.
+    /// Sliding-window attention: a query sees the last so many tokens at most, its own included. A mask has that in it.
     pub window: Option<NonZeroUsize>,
     /// Scores become c·tanh(score / c).
     pub softcap: Option<f32>,
@@ -123,15 +123,15 @@ impl<E: Element> Call<'_, E> {
     /// The KV head `at` of all sequences'.
     fn head(&self, at: usize) -> Head<'_, E> {
         let (row, head) = (at / self.layer.n_heads(), at % self.layer.n_heads());
-        let (n_queries, first, n_tokens) = (self.n_queries, self.first_seen, self.layer.n_tokens());
-        let per_row = n_queries * (n_tokens - first);
+        let (n_queries, first_seen, n_tokens) = (self.n_queries, self.first_seen, self.layer.n_tokens());
+        let per_row = n_queries * (n_tokens - first_seen);
         let mask =
             self.options.mask.map(|m| if m.len() == per_row { m } else { &m[row * per_row..][..per_row] });
         let (key, value) = self.layer.sides(row);
         let spans =
             self.spans.map(|s| if s.len() == n_queries { s } else { &s[row * n_queries..][..n_queries] });
         let window = self.options.window.map_or(usize::MAX, NonZeroUsize::get);
-        let visibility = Visibility { mask, spans, window, n_queries, first, n_tokens };
+        let visibility = Visibility { mask, spans, window, n_queries, first_seen, n_tokens };
         let (keys, values, queries) = (self.keys, self.values, self.queries_of(at));
         Head { key, value, keys, values, head, queries, visibility, options: self.options }
     }

@@ -61,8 +61,12 @@ pub(super) fn attend<E: Element>(
     let Buffers { runs: all_runs, queries, partials } = buffers;
     let (n_heads, block_len) = (call.n_heads(), call.keys.block_len());
     let keys = call.layer.sides(0).0;
+    // Blocks of which a query sees something.
+    let n_unseen = (call.first_seen.saturating_sub(keys.coded_at()) / block_len).min(keys.n_blocks());
+    let n_blocks = keys.n_blocks() - n_unseen;
     let mut n_runs = 0;
-    for blocks in runs(keys.n_blocks(), n_heads, n_threads, MIN_PART_TOKENS.div_ceil(block_len)) {
+    for seen in runs(n_blocks, n_heads, n_threads, MIN_PART_TOKENS.div_ceil(block_len)) {
+        let blocks = n_unseen + seen.start..n_unseen + seen.end;
         memory::grow(all_runs, n_runs + 1, BlockRun::default, "parts of attention")?;
         let run = &mut all_runs[n_runs];
         call.keys.walk_from(keys.coded_at() + blocks.start * block_len, &mut run.walk);

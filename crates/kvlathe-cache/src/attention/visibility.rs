@@ -19,7 +19,7 @@ pub(super) fn spans(mask: &[u8], n_tokens: usize) -> Option<Vec<Range<usize>>> {
 /// Where the queries of one sequence may look.
 #[derive(Clone, Copy)]
 pub(super) struct Visibility<'a> {
-    /// `[n_queries, n_tokens − first]`, nonzero = seen; without it attention is causal, the last query at the last token.
+    /// `[n_queries, n_tokens − first_seen]`, nonzero = seen; without it attention is causal, the last query at the last token.
     pub(super) mask: Option<&'a [u8]>,
     /// `[n_queries]`: the mask's [`spans`], where they were made and it has them.
     pub(super) spans: Option<&'a [Range<usize>]>,
@@ -27,7 +27,7 @@ pub(super) struct Visibility<'a> {
     pub(super) window: usize,
     pub(super) n_queries: usize,
     /// Position of the mask's first token; nobody sees an earlier one.
-    pub(super) first: usize,
+    pub(super) first_seen: usize,
     /// Position behind the last token.
     pub(super) n_tokens: usize,
 }
@@ -41,7 +41,7 @@ pub(super) enum Sight {
 
 impl Visibility<'_> {
     fn mask_row<'a>(&self, mask: &'a [u8], query: usize) -> &'a [u8] {
-        let n_columns = self.n_tokens - self.first;
+        let n_columns = self.n_tokens - self.first_seen;
         &mask[query * n_columns..][..n_columns]
     }
 
@@ -52,7 +52,7 @@ impl Visibility<'_> {
                 let end = self.n_tokens - self.n_queries + query + 1;
                 Some(end.saturating_sub(self.window)..end)
             }
-            (_, Some(spans)) => Some(self.first + spans[query].start..self.first + spans[query].end),
+            (_, Some(spans)) => Some(self.first_seen + spans[query].start..self.first_seen + spans[query].end),
             _ => None,
         }
     }
@@ -78,11 +78,11 @@ impl Visibility<'_> {
                 () => Sight::Some,
             };
         };
-        if tokens.end <= self.first {
+        if tokens.end <= self.first_seen {
             return Sight::None;
         }
-        let begins_before = tokens.start < self.first;
-        let columns = tokens.start.max(self.first) - self.first..tokens.end - self.first;
+        let begins_before = tokens.start < self.first_seen;
+        let columns = tokens.start.max(self.first_seen) - self.first_seen..tokens.end - self.first_seen;
         if let Some(spans) = self.spans {
             let (mut all, mut any) = (true, false);
             for row in rows.start..rows.end.min(rows.start + self.n_queries) {
@@ -132,10 +132,10 @@ impl Visibility<'_> {
                 scores[..column(span.start)].fill(f32::NEG_INFINITY);
                 scores[column(span.end)..].fill(f32::NEG_INFINITY);
             } else if let Some(mask) = self.mask {
-                let n_before = self.first.saturating_sub(first).min(valid);
+                let n_before = self.first_seen.saturating_sub(first).min(valid);
                 let (before, scores) = scores.split_at_mut(n_before);
                 before.fill(f32::NEG_INFINITY);
-                let seen = &self.mask_row(mask, query)[(first + n_before).saturating_sub(self.first)..];
+                let seen = &self.mask_row(mask, query)[(first + n_before).saturating_sub(self.first_seen)..];
                 for (score, &seen) in scores.iter_mut().zip(seen) {
                     *score = if seen == 0 { f32::NEG_INFINITY } else { *score };
                 }
@@ -160,22 +160,22 @@ mod tests {
 
         let mask = Some(&causal_behind_padding[..]);
         let window = usize::MAX;
-        let plain = Visibility { mask, spans: None, window, n_queries, first: 0, n_tokens };
+        let plain = Visibility { mask, spans: None, window, n_queries, first_seen: 0, n_tokens };
         let quick = Visibility { spans: Some(&found), ..plain };
         let sees = |query: usize, token: usize| causal_behind_padding[query * n_tokens + token] != 0;
         same_as(&plain, sees);
         same_as(&quick, sees);
         // Behind two tokens that have left a window.
         let sees = |query: usize, token: usize| token >= 2 && sees(query, token - 2);
-        same_as(&Visibility { first: 2, n_tokens: n_tokens + 2, ..plain }, sees);
-        same_as(&Visibility { first: 2, n_tokens: n_tokens + 2, ..quick }, sees);
+        same_as(&Visibility { first_seen: 2, n_tokens: n_tokens + 2, ..plain }, sees);
+        same_as(&Visibility { first_seen: 2, n_tokens: n_tokens + 2, ..quick }, sees);
     }
 
     #[test]
     fn a_window_hides_what_is_older() {
         for (n_queries, window) in [(1, 1), (1, 4), (3, 2), (3, 5), (3, usize::MAX)] {
             let (spans, n_tokens) = (None, 7);
-            let seen = Visibility { mask: None, spans, window, n_queries, first: 0, n_tokens };
+            let seen = Visibility { mask: None, spans, window, n_queries, first_seen: 0, n_tokens };
             let place = |query: usize| n_tokens - n_queries + query;
             same_as(&seen, |query, token| token <= place(query) && place(query) - token < window);
         }
