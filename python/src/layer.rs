@@ -286,6 +286,11 @@ impl NativeLayer {
         })
     }
 
+    /// Drops tokens before `position`, then codes as `compress` does; both or neither.
+    fn slide(&self, py: Python<'_>, position: usize, n_threads: usize) -> PyResult<()> {
+        with_layer!(&self.layer, layer, E => change(py, layer, |layer| layer.slide(position, n_threads)))
+    }
+
     /// Drops tokens before `position`, of coded ones whole blocks.
     fn forget_before(&self, py: Python<'_>, position: usize) -> PyResult<()> {
         with_layer!(&self.layer, layer, E => change(py, layer, |layer| {

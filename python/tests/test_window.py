@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Qwen2Config
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from cache_helpers import low_rank, random_kv, stream_compressor
-from kvlathe import IdentityCompressor
+from kvlathe import CompressedDynamicCache, IdentityCompressor
 from kvlathe.cache.layer_store import Policy
 from kvlathe.cache.window import WindowLayer
 from kvlathe.cache.window_store import TorchWindowStore, WindowStore
-from kvlathe.errors import RollbackError, ShapeError
+from kvlathe.errors import ResourceError, RollbackError, ShapeError
 
 WINDOW = 60
 
@@ -36,6 +37,14 @@ KINDS: dict[str, tuple[Callable[[str], nn.Module], float]] = {
     "identity": (lambda _: IdentityCompressor(), 0.0),
     "streams": (lambda side: stream_compressor(bits=8.0, side=side), 0.2),
     "low_rank": (lambda _: low_rank(rank=16), 0.1),
+    "keys_in_blocks": (
+        lambda side: stream_compressor(bits=8.0, side="key") if side == "key" else IdentityCompressor(),
+        0.2,
+    ),
+    "values_by_rank": (
+        lambda side: stream_compressor(bits=8.0, side="key") if side == "key" else low_rank(rank=16),
+        0.2,
+    ),
     # As on a GPU.
     "streams_in_torch": (lambda side: stream_compressor(bits=8.0, side=side), 0.2),
     "low_rank_in_torch": (lambda _: low_rank(rank=16), 0.1),
@@ -50,11 +59,9 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 class _InTorch(WindowLayer):
     def _new_store(self, key_states: Tensor, value_states: Tensor) -> WindowStore:
-        store = TorchWindowStore(
+        return TorchWindowStore(
             self._k_compressor, self._v_compressor, self.policy, key_states, value_states, self.sliding_window
         )
-        store.keeps_all = self.record_past
-        return store
 
 
 def make(kind: str, window: int = WINDOW, tail: int = 8) -> WindowLayer:
@@ -188,3 +195,60 @@ def test_sinks_are_exact_while_they_are_in_the_window(kind: str) -> None:
     layer.update(keys[:, :, 61:], values[:, :, 61:])
     assert not torch.equal(layer.keys[:, :, :1], keys[:, :, 61:62])
     assert close(kind, layer.keys, keys[:, :, 61:])
+
+
+def test_a_window_that_cannot_go_back_leaves_all_layers_as_they_are() -> None:
+    """A pass that broke off behind a full layer and a window that has dropped what a shorter sequence would see."""
+    config = Qwen2Config(
+        num_hidden_layers=3,
+        sliding_window=24,
+        use_sliding_window=True,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    )
+    exact = [IdentityCompressor()] * 3
+    cache = CompressedDynamicCache(exact, exact, 3, config=config)
+    keys, values = random_kv(80)
+    for layer in range(3):
+        cache.update(keys[:, :, :40], values[:, :, :40], layer)
+    for layer in range(2):
+        cache.update(keys[:, :, 40:], values[:, :, 40:], layer)
+    with pytest.raises(RollbackError, match="window of 24"):
+        cache.crop(0)
+    assert [layer.get_seq_length() for layer in cache.layers] == [80, 80, 40]
+
+
+def test_after_recording_a_window_forgets_again(kind: str) -> None:
+    layer = make(kind)
+    keys, values = random_kv(200)
+    layer.activate_past_recording()
+    layer.update(keys[:, :, :150], values[:, :, :150])
+    assert layer._store.first == 0
+    # As transformers does behind a loop that looked ahead.
+    layer.record_past = False
+    layer.update(keys[:, :, 150:], values[:, :, 150:])
+    assert layer._store.first > 200 - WINDOW - 32
+
+
+@pytest.mark.parametrize("n_new", [7, 90])
+def test_a_step_that_memory_refuses_can_be_tried_again(
+    kind: str, n_new: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = make(kind)
+    keys, values = random_kv(100 + n_new)
+    layer.update(keys[:, :, :100], values[:, :, :100])
+    twin = copy.deepcopy(layer)
+    new = (keys[:, :, 100:], values[:, :, 100:])
+
+    def refuse(store: WindowStore) -> None:
+        if isinstance(store, TorchWindowStore):
+            # It had forgotten already.
+            store.forget()
+        raise ResourceError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(layer._store), "slide", refuse)
+        with pytest.raises(ResourceError):
+            layer.update(*new)
+    assert layer.get_seq_length() == 100
+    for ours, expected in zip(layer.update(*new), twin.update(*new), strict=True):
+        assert torch.equal(ours, expected)

@@ -123,7 +123,8 @@ fn every_operation_survives_every_failing_allocation() {
         [(blocks(), blocks()), (Coding::Exact, low_rank()), (low_rank(), blocks()), (blocks(), Coding::Exact)]
     {
         let fused = matches!((&key, &value), (Coding::Blocks(_), Coding::Blocks(_)));
-        let new = || LayerCache::<f32>::new(key.clone(), value.clone(), POLICY, 2, HEADS, (DIM, DIM)).unwrap();
+        let new =
+            || LayerCache::<f32>::new(key.clone(), value.clone(), POLICY, 2, HEADS, (DIM, DIM)).unwrap();
         let (mut cache, mut window) = (new(), new());
         for (n_tokens, seed) in [(700, 1), (1, 2), (300, 3)] {
             let data = tensor(n_tokens, 2, seed);

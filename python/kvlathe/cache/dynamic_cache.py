@@ -303,7 +303,7 @@ class CompressedDynamicCache(RecurrentStates):
             removed = [tokens_to_remove - (n - shortest if n else 0) for n in lengths]
             for index, layer in enumerate(self.layers):
                 if isinstance(layer, CompressedLayer):
-                    layer.check_crop(max(tokens_to_remove, removed[index]))
+                    layer.check_crop(tokens_to_remove if tokens_to_remove > 0 else removed[index])
                 elif min(removed) < 0 and holds_recurrent_state(layer):
                     raise RollbackError(
                         f"crop({tokens_to_remove}): layer {index} keeps a recurrent state, from which no token can be "

@@ -174,7 +174,7 @@ class CompressedLayer(DynamicLayer):
                 else:
                     store.append(self._padding.to_slots(key_states), self._padding.to_slots(value_states))
             if not self.record_past:
-                store.compress()
+                self._settle(store)
             self.padding_seen = self.padding_noted = None
         except Exception as error:
             if fresh:
@@ -203,6 +203,10 @@ class CompressedLayer(DynamicLayer):
         if value_dim != key_dim:
             values = self._element.expand(batch, heads, n_seen, value_dim)
         return keys, values
+
+    def _settle(self, store: LayerStore) -> None:
+        """Code what is due, now that nobody will roll it back."""
+        store.compress()
 
     def _n_visible(self, n_tokens: int) -> int:
         """Past tokens, of so many, that the next query sees."""
@@ -244,7 +248,7 @@ class CompressedLayer(DynamicLayer):
         )
         # Only now: the queries had to see the tail exactly. What a rollback may still remove waits.
         if not self.record_past:
-            store.compress()
+            self._settle(store)
         return out
 
     def get_seq_length(self) -> int:

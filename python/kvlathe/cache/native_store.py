@@ -101,11 +101,11 @@ class NativeStore:
         batch, n_query_heads, n_queries, _ = queries.shape
         if n_queries > 1 and section_attention.pays(queries, n_kv_heads):
             plain = softcap is None and sink_scores is None and key_dim == value_dim
-            is_causal = mask is None and self._window is None
-            if plain and (
-                is_causal or (mask is not None and mask.dtype == torch.bool and mask.shape[1] == 1)
-            ):
-                n_seen = n_tokens if mask is None else mask.shape[3]
+            n_past = n_tokens - n_queries
+            n_seen = n_queries + (n_past if self._window is None else min(n_past, self._window - 1))
+            # A mask of another shape is refused below.
+            fits = mask is not None and mask.dtype == torch.bool and mask.shape[1:] == (1, n_queries, n_seen)
+            if plain and (fits or (mask is None and self._window is None)):
                 unseen = n_tokens - n_seen
                 return section_attention.attend(
                     queries,
@@ -148,5 +148,5 @@ class NativeStore:
         return self.n_tokens
 
     def return_to(self, mark: int) -> None:
-        # What was appended is still in the tail, as no call codes a part of what is due: nothing is lost with it.
+        # What was appended is still in the tail, as no call codes or forgets a part of what is due: nothing is lost.
         self._layer.crop(self.n_tokens - mark)

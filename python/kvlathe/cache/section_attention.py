@@ -40,10 +40,14 @@ def pays(queries: Tensor, n_kv_heads: int) -> bool:
     return many and queries.dtype == torch.bfloat16 and on_amx()
 
 
-def _sections(n_tokens: int, n_queries: int) -> Iterator[tuple[int, int]]:
-    """First tokens and ends, with a border where the queries' own tokens begin: before it no causal mask hides any."""
+def _sections(n_tokens: int, n_queries: int, seen_by_all: Tensor) -> Iterator[tuple[int, int]]:
+    """First tokens and ends, with borders where the tokens [B, n_tokens] that every query sees begin and end: behind
+    padding, or what has left the window of a later query, and before the queries' own tokens.
+    """
     most = min(_MOST_TOKENS, max(_LEAST_TOKENS, _MOST_SCORES // n_queries))
-    for start, stop in ((0, n_tokens - n_queries), (n_tokens - n_queries, n_tokens)):
+    own = n_tokens - n_queries
+    behind = min(int((~seen_by_all[:, :own].all(0)).sum()), own)
+    for start, stop in ((0, behind), (behind, own), (own, n_tokens)):
         # Of nearly equal length: short ones are slow.
         n_sections = -(-(stop - start) // most)
         for i in range(n_sections):
@@ -89,7 +93,7 @@ def attend(
     folded = queries.detach().reshape(batch, n_kv_heads, -1, dim)
     seen_by_all = _seen_by_all(mask, n_tokens, n_queries)
     out, total = torch.empty(0), torch.empty(0)
-    for first, end in _sections(n_tokens, n_queries):
+    for first, end in _sections(n_tokens, n_queries, seen_by_all):
         keys, values = read(first, end)
         if bool(seen_by_all[:, first:end].all()):
             found, sums = _flash(folded, keys, values, None, scaling)

@@ -5,13 +5,13 @@ Sinks stay exact as long as they are in the window, and leave it like all others
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ..errors import RollbackError, ShapeError
 from .layer import CompressedLayer
-from .layer_store import Policy
+from .layer_store import LayerStore, Policy
 from .stores import make_window_store
 from .window_store import WindowStore
 
@@ -44,7 +44,7 @@ class WindowLayer(CompressedLayer):
         super().__init__(k_compressor, v_compressor, policy, device)
 
     def _new_store(self, key_states: Tensor, value_states: Tensor) -> WindowStore:
-        store = make_window_store(
+        return make_window_store(
             self._k_compressor,
             self._v_compressor,
             self.policy,
@@ -52,8 +52,9 @@ class WindowLayer(CompressedLayer):
             value_states,
             self.sliding_window,
         )
-        store.keeps_all = self.record_past
-        return store
+
+    def _settle(self, store: LayerStore) -> None:
+        cast(WindowStore, store).slide()
 
     def _n_visible(self, n_tokens: int) -> int:
         """Past tokens, of so many, that the next query sees."""
@@ -61,13 +62,6 @@ class WindowLayer(CompressedLayer):
 
     def get_max_length(self) -> int:
         return self.sliding_window
-
-    def activate_past_recording(self) -> None:
-        """Keep all tokens until `crop` says which of them stay (assisted decoding)."""
-        super().activate_past_recording()
-        store = self._store
-        if store is not None:
-            store.keeps_all = True
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """Refuse a `crop` after which the window would lack tokens.

@@ -1,13 +1,15 @@
 """Stores of a sliding window: they forget what no later query sees; positions go on counting.
 
 A query sees ``sliding_window`` tokens, its own included, so ``sliding_window - 1`` past tokens are all that a later
-call can need. Older ones are dropped, coded ones in whole blocks, which leaves up to a block less one more.
+call can need. Older ones are dropped; blocks leave whole, and native memory drops other tokens sixteen at a time, so
+that up to a block less one, or fifteen, stay.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from .layer_store import LayerStore, Policy
@@ -16,13 +18,7 @@ from .torch_store import TorchStore
 
 
 class WindowStore(LayerStore, Protocol):
-    """What a `WindowLayer` needs of a store.
-
-    Attributes:
-        keeps_all: forget nothing for now, as tokens may be rolled back and a shorter sequence sees older ones.
-    """
-
-    keeps_all: bool
+    """What a `WindowLayer` needs of a store."""
 
     @property
     def first(self) -> int:
@@ -30,6 +26,9 @@ class WindowStore(LayerStore, Protocol):
 
     def forget(self) -> None:
         """Drop what no later query can see."""
+
+    def slide(self) -> None:
+        """`forget`, then `compress`: nobody codes what is out of sight."""
 
 
 class NativeWindowStore(NativeStore):
@@ -47,20 +46,16 @@ class NativeWindowStore(NativeStore):
         super().__init__(key_codec, value_codec, policy, keys, values)
         self._window = sliding_window
         self._n_past = sliding_window - 1
-        self.keeps_all = False
 
     @property
     def first(self) -> int:
         return self._layer.first
 
-    def compress(self) -> None:
-        # First what is out of sight, so that nobody codes it.
-        if not self.keeps_all:
-            self.forget()
-        super().compress()
-
     def forget(self) -> None:
         self._layer.forget_before(max(0, self.n_tokens - self._n_past))
+
+    def slide(self) -> None:
+        self._layer.slide(max(0, self.n_tokens - self._n_past), torch.get_num_threads())
 
     def read(self, room: int = 0) -> tuple[Tensor, Tensor]:
         """The visible past, [B, H, min(n_tokens, sliding_window - 1) + room, D]."""
@@ -82,21 +77,19 @@ class TorchWindowStore(TorchStore):
     ) -> None:
         super().__init__(k_compressor, v_compressor, policy, keys, values)
         self._n_past = sliding_window - 1
-        self.keeps_all = False
 
     @property
     def first(self) -> int:
         return max(side.first for side in self._sides)
 
-    def compress(self) -> None:
-        if not self.keeps_all:
-            self.forget()
-        super().compress()
-
     def forget(self) -> None:
         with self._both_or_none() as sides:
             for side in sides:
                 side.forget_before(self.n_tokens - self._n_past)
+
+    def slide(self) -> None:
+        self.forget()
+        self.compress()
 
     def read(self, room: int = 0) -> tuple[Tensor, Tensor]:
         """The visible past, [B, H, min(n_tokens, sliding_window - 1) + room, D]."""

@@ -42,6 +42,7 @@ _KINDS: dict[str, tuple[str, Callable[[], CompressedDynamicCache], bool]] = {
     "compressed": ("llama", lambda: compressed_cache("llama"), False),
     "attached": ("llama", lambda: compressed_cache("llama"), True),
     "window": ("gemma3", lambda: compressed_cache("gemma3"), False),
+    "attached window": ("gemma3", lambda: compressed_cache("gemma3"), True),
     "user": ("llama", _user_cache, False),
 }
 

@@ -52,7 +52,9 @@ impl Visibility<'_> {
                 let end = self.n_tokens - self.n_queries + query + 1;
                 Some(end.saturating_sub(self.window)..end)
             }
-            (_, Some(spans)) => Some(self.first_seen + spans[query].start..self.first_seen + spans[query].end),
+            (_, Some(spans)) => {
+                Some(self.first_seen + spans[query].start..self.first_seen + spans[query].end)
+            }
             _ => None,
         }
     }
