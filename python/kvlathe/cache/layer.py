@@ -196,10 +196,11 @@ class CompressedLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Add tokens and return stubs that stand for all that these see; `attend` must follow."""
         batch, heads, n_new, key_dim = key_states.shape
-        value_dim, n_seen = value_states.shape[3], self._n_visible(store.n_tokens) + n_new
+        value_dim, n_past = value_states.shape[3], store.n_tokens
+        n_seen = self._n_visible(n_past) + n_new
         store.append(key_states, value_states)
         keys = values = self._element.expand(batch, heads, n_seen, key_dim)
-        keys.kvlathe_stub = Stub(self, store.n_tokens)  # type: ignore[attr-defined]
+        keys.kvlathe_stub = Stub(self, n_past + n_new)  # type: ignore[attr-defined]
         if value_dim != key_dim:
             values = self._element.expand(batch, heads, n_seen, value_dim)
         return keys, values

@@ -59,8 +59,13 @@ class NativeStore:
         self._layer.compress(torch.get_num_threads())
 
     def read(self, room: int = 0) -> tuple[Tensor, Tensor]:
+        """The tokens that the next query sees, [B, H, tokens + room, D]."""
         n_tokens = self.n_tokens
-        return self._read(0, n_tokens, n_tokens, room)
+        return self._read(self._first_seen(n_tokens), n_tokens, n_tokens, room)
+
+    def _first_seen(self, n_past: int) -> int:
+        """Position of the first token that a query behind ``n_past`` tokens sees."""
+        return 0 if self._window is None else max(0, n_past + 1 - self._window)
 
     def _read(self, first: int, end: int, n_tokens: int, room: int = 0) -> tuple[Tensor, Tensor]:
         """The tokens from ``first`` on, to the ``end``-th, of ``n_tokens`` that must be held, and room for more."""
@@ -101,15 +106,14 @@ class NativeStore:
         batch, n_query_heads, n_queries, _ = queries.shape
         if n_queries > 1 and section_attention.pays(queries, n_kv_heads):
             plain = softcap is None and sink_scores is None and key_dim == value_dim
-            n_past = n_tokens - n_queries
-            n_seen = n_queries + (n_past if self._window is None else min(n_past, self._window - 1))
+            first_seen = self._first_seen(n_tokens - n_queries)
+            n_seen = n_tokens - first_seen
             # A mask of another shape is refused below.
             fits = mask is not None and mask.dtype == torch.bool and mask.shape[1:] == (1, n_queries, n_seen)
             if plain and (fits or (mask is None and self._window is None)):
-                unseen = n_tokens - n_seen
                 return section_attention.attend(
                     queries,
-                    lambda first, end: self._read(unseen + first, unseen + end, n_tokens),
+                    lambda first, end: self._read(first_seen + first, first_seen + end, n_tokens),
                     n_tokens=n_seen,
                     n_kv_heads=n_kv_heads,
                     mask=mask,

@@ -46,7 +46,7 @@ def _sections(n_tokens: int, n_queries: int, seen_by_all: Tensor) -> Iterator[tu
     """
     most = min(_MOST_TOKENS, max(_LEAST_TOKENS, _MOST_SCORES // n_queries))
     own = n_tokens - n_queries
-    behind = min(int((~seen_by_all[:, :own].all(0)).sum()), own)
+    behind = int((~seen_by_all[:, :own].all(0)).sum())
     for start, stop in ((0, behind), (behind, own), (own, n_tokens)):
         # Of nearly equal length: short ones are slow.
         n_sections = -(-(stop - start) // most)

@@ -45,22 +45,16 @@ class NativeWindowStore(NativeStore):
     ) -> None:
         super().__init__(key_codec, value_codec, policy, keys, values)
         self._window = sliding_window
-        self._n_past = sliding_window - 1
 
     @property
     def first(self) -> int:
         return self._layer.first
 
     def forget(self) -> None:
-        self._layer.forget_before(max(0, self.n_tokens - self._n_past))
+        self._layer.forget_before(self._first_seen(self.n_tokens))
 
     def slide(self) -> None:
-        self._layer.slide(max(0, self.n_tokens - self._n_past), torch.get_num_threads())
-
-    def read(self, room: int = 0) -> tuple[Tensor, Tensor]:
-        """The visible past, [B, H, min(n_tokens, sliding_window - 1) + room, D]."""
-        n_tokens = self.n_tokens
-        return self._read(max(0, n_tokens - self._n_past), n_tokens, n_tokens, room)
+        self._layer.slide(self._first_seen(self.n_tokens), torch.get_num_threads())
 
 
 class TorchWindowStore(TorchStore):
