@@ -18,10 +18,10 @@ export TEXT CONTEXT
 .SUFFIXES:
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help setup demo test lint fmt bench fuzz asan lock clean tools FORCE
+.PHONY: help setup demo test test-compat lint fmt bench fuzz asan lock clean tools FORCE
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
 
 setup: $(VENV)/.native ## .venv with all packages and the native module (other targets do this themselves)
 
@@ -40,6 +40,9 @@ test: setup ## all tests: Rust, Python, and the examples in the documentation
 	@echo "test: Python"
 	@cd python && ../$(BIN)/python -m pytest -q --durations=10 --doctest-modules --doctest-glob='*.md' \
 		tests kvlathe $(DOCS)
+
+test-compat: setup ## the Python tests with the lowest and the newest transformers; ARGS="-k crop"
+	@$(BIN)/python scripts/test_compat.py $(ARGS)
 
 lint: setup ## formatting, clippy, ruff, types
 	@echo "lint: cargo fmt"

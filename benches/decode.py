@@ -26,7 +26,7 @@ import torch
 import transformers
 from transformers import Cache, DynamicCache, QuantizedCache
 
-from kvlathe import CompressedDynamicCache, Preset, attach, detach, load_model
+from kvlathe import CompressedDynamicCache, Preset, load_model
 from kvlathe.presets import smollm2
 
 FILL_TOKENS = 2048
@@ -75,8 +75,8 @@ def fill(cache: Cache, n_tokens: int, shape: Shape, dtype: torch.dtype) -> Cache
 class Contender:
     """A model in some number format with a way to make caches."""
 
-    def __init__(self, model: Any, make: Callable[[], Cache], attached: bool = False) -> None:
-        self.model, self.make, self.attached = model, make, attached
+    def __init__(self, model: Any, make: Callable[[], Cache]) -> None:
+        self.model, self.make = model, make
 
     def filled(self, n_tokens: int, shape: Shape) -> Cache:
         """A cache of its kind with random keys and values."""
@@ -106,9 +106,9 @@ def contenders(arguments: argparse.Namespace) -> dict[str, Contender]:
         return lambda: CompressedDynamicCache.from_preset(preset, uncompressed_tail=128)
 
     middle = arguments.bits[len(arguments.bits) // 2]
-    found[f"ours {middle:g} float32"] = Contender(in_float32, compressed(middle), attached=True)
+    found[f"ours {middle:g} float32"] = Contender(in_float32, compressed(middle))
     for bits in arguments.bits:
-        found[f"ours {bits:g}"] = Contender(in_bfloat16, compressed(bits), attached=True)
+        found[f"ours {bits:g}"] = Contender(in_bfloat16, compressed(bits))
     if arguments.quantized:
         found["HF fp8"] = Contender(
             in_bfloat16, lambda: QuantizedCache(backend="fp8", config=in_bfloat16.config)
@@ -121,7 +121,6 @@ def measure(running: dict[str, Contender], n_tokens: int, shape: Shape, n_steps:
     times: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(N_ROUNDS):
         for name, contender in running.items():
-            (attach if contender.attached else detach)(contender.model)
             contender.decode_one(caches[name])  # warms up
             times[name] += [contender.decode_one(caches[name]) for _ in range(n_steps)]
     return {name: statistics.median(series) for name, series in times.items()}
@@ -162,7 +161,7 @@ def main() -> int:
         chosen = {
             name: contender
             for name, contender in running.items()
-            if contender.attached or n_tokens in arguments.contexts
+            if name.startswith("ours") or n_tokens in arguments.contexts
         }
         medians = measure(chosen, n_tokens, shape_of(preset), arguments.steps)
         cells = [f"{medians[name]:18.1f}" if name in medians else f"{'':>18}" for name in running]

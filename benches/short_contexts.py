@@ -20,7 +20,7 @@ import torch
 from decode import Contender, Shape, shape_of
 from transformers import DynamicCache
 
-from kvlathe import CompressedDynamicCache, Preset, attach, detach, load_model
+from kvlathe import CompressedDynamicCache, Preset, load_model
 from kvlathe.presets import smollm2
 
 STEPS_A_ROUND = 5
@@ -42,14 +42,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def ratios(stock: Contender, ours: Contender, n_tokens: int, shape: Shape, n_rounds: int) -> list[float]:
     """Our time over stock's, a figure a round."""
-    pair = [(detach, stock, stock.filled(n_tokens, shape)), (attach, ours, ours.filled(n_tokens, shape))]
+    pair = [(stock, stock.filled(n_tokens, shape)), (ours, ours.filled(n_tokens, shape))]
     found = []
     for round_ in range(n_rounds):
         times: dict[int, list[float]] = {0: [], 1: []}
         for step in range(STEPS_A_ROUND + 1):
             for which in (0, 1) if (round_ + step) % 2 else (1, 0):
-                switch, contender, cache = pair[which]
-                switch(contender.model)
+                contender, cache = pair[which]
                 ms = contender.decode_one(cache)
                 if step:  # the first warms up
                     times[which].append(ms)
@@ -73,11 +72,7 @@ def main() -> int:
     for dtype in arguments.dtypes:
         model = load_model(arguments.model, dtype=getattr(torch, dtype)).model
         stock = Contender(model, DynamicCache)
-        ours = Contender(
-            model,
-            lambda: CompressedDynamicCache.from_preset(preset, uncompressed_tail=128),
-            attached=True,
-        )
+        ours = Contender(model, lambda: CompressedDynamicCache.from_preset(preset, uncompressed_tail=128))
         for n_tokens in arguments.contexts:
             found = ratios(stock, ours, n_tokens, shape_of(preset), arguments.rounds)
             low, high = interval(found)

@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from kvlathe import CalibrationOptions, CompressedDynamicCache, Preset, attach, calibrate, detach
+from kvlathe import CalibrationOptions, CompressedDynamicCache, Preset, calibrate
 from kvlathe.cache.layer_kinds import tensor_bytes
 
 VOCABULARY = 4096
@@ -106,7 +106,6 @@ def measure(model: PreTrainedModel, caches: dict[str, Cache], n_rounds: int) -> 
     times: dict[str, list[float]] = {name: [] for name in caches}
     for _ in range(n_rounds):
         for name, cache in caches.items():
-            (attach if name == "ours" else detach)(model)
             decode_one(model, cache)  # warms up
             times[name].append(statistics.median(decode_one(model, cache) for _ in range(STEPS_A_ROUND)))
     return {name: statistics.median(series) for name, series in times.items()}

@@ -155,10 +155,10 @@ def run_ours(arguments: argparse.Namespace) -> dict[str, dict[int, float]]:
     import torch
     from decode import fill, shape_of
 
-    from kvlathe import CompressedDynamicCache, Preset, attach, load_model
+    from kvlathe import CompressedDynamicCache, Preset, load_model
 
     torch.set_num_threads(arguments.threads)
-    model = attach(load_model(arguments.model, dtype=torch.bfloat16).model)
+    model = load_model(arguments.model, dtype=torch.bfloat16).model
     results: dict[str, dict[int, float]] = {}
     for bits in arguments.bits:
         preset = Preset.load(arguments.preset).with_bits(bits)

@@ -22,17 +22,15 @@ from kvlathe import (
     Evaluator,
     Preset,
     TuneOptions,
-    attach,
     corpus_from_files,
     default_corpus,
-    detach,
     load_model,
     tune,
 )
+from kvlathe.calibration.quality import coders
+from kvlathe.calibration.text.token_windows import windows
 from kvlathe.cli import CURVE_HEADER, format_point
-from kvlathe.evaluation import coders
 from kvlathe.presets import smollm2
-from kvlathe.token_windows import windows
 
 MODEL = "smollm2"
 QUESTION = "\n\nIn short, the text above explains"
@@ -137,9 +135,7 @@ def main() -> int:
     )
     say("the same with the compressed cache")
     cache = CompressedDynamicCache.from_preset(preset, model=model, uncompressed_tail=128)
-    attach(model)
     our_new, our_prefill, our_ms = generate(model, ids, cache, arguments.new_tokens)
-    detach(model)
     stats = cache.get_memory_stats()
 
     say(f"measuring quality on {arguments.evaluation_windows} held-out windows of 1024 tokens")

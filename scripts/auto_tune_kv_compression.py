@@ -3,7 +3,7 @@
 
 import sys
 
-from kvlathe.cli import tune_main
+from kvlathe.legacy.auto_tune import tune_main
 
 if __name__ == "__main__":
     sys.exit(tune_main())

@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from kvlathe import CalibrationOptions, Preset, TuneOptions, default_corpus, load_model
+from kvlathe.calibration.tuning import Tuner, calibrate_on
 from kvlathe.presets import BUDGETS, smollm2
-from kvlathe.tuning import Tuner, calibrate_on
 
 
 def main() -> int:

@@ -5,7 +5,8 @@
     python scripts/soak.py --model ./Qwen2.5-0.5B --preset qwen.safetensors --minutes 10
 
 A conversation is one cache, used in turn by reading text, greedy decoding, `generate` (also with prompt lookup), crop,
-more and other rows of the batch, and deepcopy; half of the conversations read the packed blocks directly (`attach`).
+more and other rows of the batch, and deepcopy; half of the conversations read the packed blocks directly,
+the others, with eager attention, expand them.
 When it ends, some are replayed in a fresh cache, with the same operations: every token and every logit must be the
 same, to the bit. The conversation's tokens also go through the exact model, and the KL divergence is noted. Then the
 cache is reset and the next conversation begins in it, or in a new one.
@@ -34,9 +35,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvlathe import CompressedDynamicCache, Preset, attach, default_corpus, detach, load_model
+from kvlathe import CompressedDynamicCache, Preset, default_corpus, load_model
+from kvlathe.calibration.text.token_windows import windows
 from kvlathe.presets import smollm2
-from kvlathe.token_windows import windows
 
 # Rows of the batch, at most.
 MAX_ROWS = 3
@@ -205,8 +206,8 @@ class Soak:
 
     def converse(self, cache: CompressedDynamicCache) -> CompressedDynamicCache:
         """One conversation in an empty cache, which is returned empty."""
-        attached = self.random.random() < 0.5
-        (attach if attached else detach)(self.model)
+        attention = self.random.choice(["sdpa", "eager"])
+        self.model.set_attn_implementation(attention)
         conversation = Conversation(cache)
         processed = 0
         while processed < self.arguments.context:
@@ -215,7 +216,7 @@ class Soak:
             conversation.apply(self.model, operation)
             processed += max(0, conversation.ids.shape[1] - before)
             self.operations[operation.kind] += 1
-        self.operations["attached conversation" if attached else "expanded conversation"] += 1
+        self.operations[f"conversation with {attention} attention"] += 1
         self.tokens += processed
         if self.random.random() < self.arguments.replayed:
             self.compare(conversation)
@@ -273,7 +274,7 @@ class Soak:
                     file=sys.stderr,
                     flush=True,
                 )
-        detach(self.model)
+        self.model.set_attn_implementation("sdpa")
 
     def found(self) -> dict[str, Any]:
         ended = self.resident[-1][0] if self.resident else 0.0

@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use kvlathe::cache::{AttentionOptions, Coding, LayerCache, Policy, TensorView};
-use kvlathe::codec::{Rope, StreamSet};
+use kvlathe::codec::{Rope, Side, StreamSet};
 
 use crate::source::Source;
 
@@ -23,27 +23,16 @@ pub(crate) fn run(bytes: &[u8]) {
         StreamSet::new(&bases, rope, block_len).ok().map(|set| Coding::Blocks(Arc::new(set)))
     };
     let (Some(key), Some(value)) = (coding(rope), coding(None)) else { return };
-    let policy =
-        Policy { n_sinks: source.below(6), compress_start_len: source.below(64), n_tail: source.below(40) };
-    let (batch, n) = (1 + source.below(2), 1 + source.below(150));
-    let shape = [batch, heads, n, d];
-    let size = source.one_of(&[1.0, 1.0, 1e4, 1e-3]);
-    let mut tensor = |scale: f32| source.repeat(shape.iter().product(), |s| s.small() * scale);
-    let (mut keys, mut values) = (tensor(size), tensor(size));
-
-    let cache = |policy, keys: &[f32], values: &[f32]| {
-        let (key, value) = (key.clone(), value.clone());
-        let mut cache = LayerCache::new(key, value, policy, batch, heads, (d, d)).expect("the codecs fit");
-        let [keys, values] = [keys, values].map(|x| TensorView::contiguous(x, shape).expect("it fits"));
-        cache.append(keys, values).expect("finite");
-        cache.compress(1).expect("it can be coded");
-        cache
+    let mut policy = Policy {
+        n_sinks: source.below(6),
+        compress_start_len: source.below(64),
+        n_tail: source.below(40),
+        window: None,
     };
-    let mut packed = cache(policy, &keys, &values);
-    packed.read_keys(0..n, &mut keys, n, 1).expect("it fits");
-    packed.read_values(0..n, &mut values, n, 1).expect("it fits");
-    let never = Policy { compress_start_len: usize::MAX, ..policy };
-    let exact = cache(never, &keys, &values);
+    let (batch, n) = (1 + source.below(2), 1 + source.below(150));
+    let size = source.one_of(&[1.0, 1.0, 1e4, 1e-3]);
+    let mut tensor = |scale: f32| source.repeat(batch * heads * n * d, |s| s.small() * scale);
+    let (mut keys, mut values) = (tensor(size), tensor(size));
 
     let group = 1 + source.below(3);
     // Few queries go through the coefficient domain, many through tiles.
@@ -52,22 +41,50 @@ pub(crate) fn run(bytes: &[u8]) {
     let q_shape = [batch, heads * group, n_queries, d];
     let q_size = source.one_of(&[1.0, 0.1, 0.01]) / size;
     let queries = source.repeat(q_shape.iter().product(), |s| s.small() * q_size);
-    let window = source.any::<bool>().then(|| 1 + source.below(n)).and_then(NonZeroUsize::new);
-    let n_seen = AttentionOptions { window, ..Default::default() }.seen(n_queries, n).len();
+    policy.window = source.any::<bool>().then(|| 1 + source.below(n)).and_then(NonZeroUsize::new);
+
+    // As a model does it: the queries' own tokens come when what was there before has been coded.
+    let cache = |policy, keys: &[f32], values: &[f32]| {
+        let (key, value) = (key.clone(), value.clone());
+        let mut cache = LayerCache::new(key, value, policy, batch, heads, (d, d)).expect("the codecs fit");
+        for (first, n_new, is_past) in [(0, n - n_queries, true), (n - n_queries, n_queries, false)] {
+            let [keys, values] = [keys, values].map(|x| {
+                let shape = [batch, heads, n_new, d];
+                TensorView::new(&x[first * d..], shape, [heads * n * d, n * d, d]).expect("it fits")
+            });
+            cache.append(keys, values).expect("finite");
+            if is_past {
+                cache.settle(1).expect("it can be coded");
+            }
+        }
+        cache
+    };
+    let packed = cache(policy, &keys, &values);
+    let (first, n_held) = (packed.first(), n - packed.first());
+    let mut held = vec![0.0; batch * heads * n_held * d];
+    for (all, side) in [&mut keys, &mut values].into_iter().zip(Side::ALL) {
+        packed.read(side, first..n, &mut held, n_held, 1).expect("it fits");
+        for (all, held) in all.chunks_exact_mut(n * d).zip(held.chunks_exact(n_held * d)) {
+            all[first * d..].copy_from_slice(held);
+        }
+    }
+    let never = Policy { compress_start_len: usize::MAX, ..policy };
+    let exact = cache(never, &keys, &values);
+
+    let n_seen = policy.seen(n_queries, n).len();
     let mask = source.any::<bool>().then(|| source.repeat(batch * n_queries * n_seen, Source::any::<u8>));
     let sink_scores = source.any::<bool>().then(|| source.repeat(heads * group, Source::small));
     let softcap = source.any::<bool>().then(|| 1.0 + source.small().abs());
     let scaling = 1.0 / (d as f32).sqrt();
     let (mask, sink_scores) = (mask.as_deref(), sink_scores.as_deref());
-    let options = AttentionOptions { scaling, mask, window, softcap, sink_scores };
+    let options = AttentionOptions { scaling, mask, softcap, sink_scores };
 
     let attend = |cache: &LayerCache<f32>| {
         let mut out = vec![f32::NAN; q_shape.iter().product()];
         let view = TensorView::contiguous(&queries, q_shape).expect("it fits");
-        cache.attend(view, options, &mut out, 1).expect("it can attend");
+        cache.attend(view, options, &mut out, None, 1).expect("it can attend");
         out
     };
-    packed.forget_before(options.seen(n_queries, n).start);
     let (given, expected) = (attend(&packed), attend(&exact));
     let longest = |x: &[f32]| {
         let norms = x.chunks_exact(d).map(|v| v.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt());

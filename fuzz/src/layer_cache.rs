@@ -2,19 +2,15 @@
 //! through the codec. Both must hold the same bits after every step.
 
 use std::ops::Range;
-use std::sync::{Arc, LazyLock};
 
 use half::{bf16, f16};
 use kvlathe::cache::{CacheError, Coding, LayerCache, Policy, TensorView};
 use kvlathe::codec::gain::MAX_MAGNITUDE;
-use kvlathe::codec::{
-    Basis, Element, LowRank, Pairing, Rope, Scratch, Storage, StreamSet, Tokens, WIDTHS, best_isa,
-};
+use kvlathe::codec::{Element, Scratch, Side, Tokens, best_isa};
 
+use crate::small_layer::{DIM, HEADS, codings, empty, policy};
 use crate::source::Source;
 
-const HEADS: usize = 2;
-const DIM: usize = 8;
 /// Most rows, and most tokens held, to keep a step short.
 const MOST_ROWS: usize = 5;
 const MOST_TOKENS: usize = 160;
@@ -23,41 +19,12 @@ const MOST_STEPS: usize = 64;
 /// All heads of one token.
 type Token<E> = [[E; DIM]; HEADS];
 
-/// Every way to store a side.
-static CODINGS: LazyLock<[Coding; 6]> = LazyLock::new(|| {
-    let blocks = |rope: bool, block_len| {
-        let rope = rope.then(|| {
-            let frequencies = vec![1.0, 0.1, 0.01, 0.001];
-            Arc::new(Rope::new(Pairing::HalfSplit, DIM, frequencies).expect("a rotation"))
-        });
-        let bases = [0.1, -0.2].map(|mean| Basis {
-            mean: vec![mean; DIM],
-            synthesis: (0..DIM * DIM).map(|i| if i % (DIM + 1) == 0 { 1.0 } else { 0.03 }).collect(),
-            importance: vec![1.0; DIM],
-            widths: (0..DIM).map(|i| WIDTHS[5 - i % 6]).collect(),
-        });
-        Coding::Blocks(Arc::new(StreamSet::new(&bases, rope, block_len).expect("a codec")))
-    };
-    let low_rank = |rank, storage| {
-        let u: Vec<f32> = (0..DIM * rank).map(|i| f32::from(u8::from(i / rank == i % rank))).collect();
-        Coding::LowRank(Arc::new(LowRank::new(&u, &[0.5; DIM], rank, storage).expect("a codec")))
-    };
-    [
-        Coding::Exact,
-        blocks(true, 8),
-        blocks(false, 8),
-        blocks(false, 16),
-        low_rank(5, Storage::Int8),
-        low_rank(DIM, Storage::Float16),
-    ]
-});
-
-/// Exact tokens, and those of a low-rank coding, leave a window so many at a time at least.
+/// Exact tokens leave a window so many at a time at least.
 const FORGOTTEN_TOGETHER: usize = 16;
 
-/// One side of all rows.
+/// One side of all rows, as lists of tokens.
 #[derive(Clone)]
-struct Side<E> {
+struct Lists<E> {
     coding: Coding,
     /// All tokens of the sequence, also those that were forgotten.
     rows: Vec<Vec<Token<E>>>,
@@ -67,7 +34,7 @@ struct Side<E> {
     n_coded: usize,
 }
 
-impl<E: Element> Side<E> {
+impl<E: Element> Lists<E> {
     fn is_coded(&self) -> bool {
         !matches!(self.coding, Coding::Exact)
     }
@@ -82,80 +49,75 @@ impl<E: Element> Side<E> {
         self.first.max(n_sinks)
     }
 
-    /// Sends what has left the tail through the codec, in runs of `granularity`.
-    fn compress(&mut self, policy: Policy, granularity: usize) {
+    /// Tokens of a block.
+    fn block_len(&self) -> usize {
+        match &self.coding {
+            Coding::Exact => 1,
+            Coding::Blocks(set) => set.block_len(),
+        }
+    }
+
+    /// Sends every whole block that has left the tail through the codec; blocks begin at multiples of their length.
+    fn compress(&mut self, policy: Policy) {
         if !self.is_coded() || self.n_tokens() <= policy.compress_start_len {
             return;
         }
-        let mut first = self.coded_at(policy) + self.n_coded;
-        while self.n_tokens() - first >= policy.n_tail + granularity {
-            let own = self.coding.granularity();
-            for at in (first..first + granularity).step_by(own) {
-                for row in &mut self.rows {
-                    code(&self.coding, &mut row[at..at + own], at);
-                }
+        let len = self.block_len();
+        loop {
+            let from = self.coded_at(policy) + self.n_coded;
+            let position = from / len * len;
+            if self.n_tokens().saturating_sub(policy.n_tail) < position + len {
+                return;
             }
-            self.n_coded += granularity;
-            first += granularity;
+            for row in &mut self.rows {
+                // Sinks are kept elsewhere, and what was forgotten nowhere.
+                let mut block = vec![[[E::default(); DIM]; HEADS]; len];
+                block[from - position..].copy_from_slice(&row[from..position + len]);
+                code(&self.coding, &mut block, position);
+                row[from..position + len].copy_from_slice(&block[from - position..]);
+            }
+            self.n_coded += position + len - from;
         }
     }
 
     fn crop(&mut self, n_tokens: usize, policy: Policy) {
-        let (kept, coded_at) = (self.n_tokens() - n_tokens, self.coded_at(policy));
+        let (kept, coded_at, len) = (self.n_tokens() - n_tokens, self.coded_at(policy), self.block_len());
         self.rows.iter_mut().for_each(|row| row.truncate(kept));
         // Whole blocks stay coded.
-        let own = self.coding.granularity();
-        self.n_coded = self.n_coded.min(kept.saturating_sub(coded_at) / own * own);
+        if kept < coded_at + self.n_coded {
+            self.n_coded = (kept / len * len).saturating_sub(coded_at);
+        }
     }
 
     /// Sinks leave one by one, coded tokens in whole blocks, others some at a time and only when none is coded.
     fn forget_before(&mut self, position: usize, policy: Policy) {
-        let coded_at = self.coded_at(policy);
-        let of_sinks = position.min(coded_at).max(self.first);
-        if position <= coded_at {
-            self.first = of_sinks;
-            return;
+        let (coded_at, len) = (self.coded_at(policy), self.block_len());
+        let coded_end = coded_at + self.n_coded;
+        self.first = self.first.max(position.min(coded_at));
+        let whole = position.min(coded_end) / len * len;
+        if self.n_coded > 0 && whole > coded_at {
+            self.first = whole;
+            self.n_coded = coded_end - whole;
         }
-        let unit = match &self.coding {
-            Coding::Blocks(set) => set.block_len(),
-            _ => FORGOTTEN_TOGETHER,
-        };
-        // All of them at any time.
-        let some = |n: usize, held: usize, unit: usize| if n == held { n } else { n / unit * unit };
-        let n_coded = some((position - coded_at).min(self.n_coded), self.n_coded, unit);
-        self.n_coded -= n_coded;
-        self.first = coded_at + n_coded;
-        if self.n_coded == 0 {
-            let n_exact = position.min(self.n_tokens()).saturating_sub(self.first);
-            self.first += some(n_exact, self.n_tokens() - self.first, FORGOTTEN_TOGETHER);
+        if self.n_coded == 0 && position > coded_end {
+            let (n, held) = (position.min(self.n_tokens()) - coded_end, self.n_tokens() - coded_end);
+            // All of them at any time.
+            self.first = coded_end + if n == held { n } else { n / FORGOTTEN_TOGETHER * FORGOTTEN_TOGETHER };
         }
     }
 }
 
-/// Tokens that are coded together, from position `first` on, become what is decoded.
+/// Tokens of a block, whose first slot has position `first`, become what is decoded.
 fn code<E: Element>(coding: &Coding, tokens: &mut [Token<E>], first: usize) {
+    let Coding::Blocks(set) = coding else { return };
     for head in 0..HEADS {
         let mut x: Vec<E> = tokens.iter().flat_map(|token| token[head]).collect();
-        match coding {
-            Coding::Exact => {}
-            Coding::Blocks(set) => {
-                let (stream, mut scratch) = (&set.streams()[head], Scratch::default());
-                let (back, forward) = set.frame(first).unzip();
-                let mut packed = vec![0; stream.block_bytes()];
-                let given = Tokens { data: &x, token_stride: DIM };
-                stream
-                    .encode_block(best_isa(), given, back.as_ref(), &mut packed, &mut scratch)
-                    .expect("it fits");
-                stream
-                    .decode_block(best_isa(), &packed, forward.as_ref(), &mut x, &mut scratch)
-                    .expect("it fits");
-            }
-            Coding::LowRank(coder) => {
-                let mut coded = vec![0; coder.vector_bytes()];
-                coder.encode(&x, &mut coded);
-                coder.decode(&coded, &mut x);
-            }
-        }
+        let (stream, mut scratch) = (&set.streams()[head], Scratch::default());
+        let (back, forward) = set.frame(first).unzip();
+        let mut packed = vec![0; stream.block_bytes()];
+        let given = Tokens { data: &x, token_stride: DIM };
+        stream.encode_block(best_isa(), given, back.as_ref(), &mut packed, &mut scratch).expect("it fits");
+        stream.decode_block(best_isa(), &packed, forward.as_ref(), &mut x, &mut scratch).expect("it fits");
         for (token, x) in tokens.iter_mut().zip(x.chunks_exact(DIM)) {
             token[head].copy_from_slice(x);
         }
@@ -167,27 +129,15 @@ struct Pair<E> {
     cache: LayerCache<E>,
     policy: Policy,
     /// Keys and values.
-    sides: [Side<E>; 2],
+    sides: [Lists<E>; 2],
 }
 
 impl<E: Element> Pair<E> {
     fn new(source: &mut Source<'_>) -> Option<Self> {
-        let sides = [(), ()].map(|()| source.below(CODINGS.len())).map(|at| CODINGS[at].clone());
-        let policy = Policy {
-            n_sinks: source.below(6),
-            compress_start_len: source.below(50),
-            n_tail: source.below(24),
-        };
-        let [key, value] = sides;
-        let cache = LayerCache::new(key.clone(), value.clone(), policy, 1, HEADS, (DIM, DIM));
-        let empty = |coding| Side { coding, rows: vec![Vec::new()], first: 0, n_coded: 0 };
-        match cache {
-            Ok(cache) => Some(Self { cache, policy, sides: [key, value].map(empty) }),
-            Err(error) => {
-                assert!(matches!(error, CacheError::BlockLen { .. }), "{error}");
-                None
-            }
-        }
+        let (codings, policy) = (codings(source), policy(source));
+        let cache = empty(&codings, policy, 1)?;
+        let sides = codings.map(|coding| Lists { coding, rows: vec![Vec::new()], first: 0, n_coded: 0 });
+        Some(Self { cache, policy, sides })
     }
 
     fn copy(&self) -> Self {
@@ -247,9 +197,17 @@ impl<E: Element> Pair<E> {
         self.compressed();
     }
 
-    /// As `forget_before`, then `compress`.
-    fn slide(&mut self, position: usize) {
-        self.cache.slide(position, 1).expect("what was taken can be coded");
+    fn forget(&mut self) {
+        let position = self.policy.first_seen(self.n_tokens());
+        self.cache.forget();
+        for side in &mut self.sides {
+            side.forget_before(position, self.policy);
+        }
+    }
+
+    fn settle(&mut self) {
+        let position = self.policy.first_seen(self.n_tokens());
+        self.cache.settle(1).expect("what was taken can be coded");
         for side in &mut self.sides {
             side.forget_before(position, self.policy);
         }
@@ -258,23 +216,14 @@ impl<E: Element> Pair<E> {
 
     fn compressed(&mut self) {
         assert!(!self.cache.is_due());
-        let granularity = self.sides.iter().map(|side| side.coding.granularity()).max().unwrap_or(1);
         for side in &mut self.sides {
-            side.compress(self.policy, granularity);
+            side.compress(self.policy);
         }
     }
 
     /// Where both sides are held from.
     fn first(&self) -> usize {
         self.sides[0].first.max(self.sides[1].first)
-    }
-
-    /// A window slides on.
-    fn forget_before(&mut self, position: usize) {
-        self.cache.forget_before(position);
-        for side in &mut self.sides {
-            side.forget_before(position, self.policy);
-        }
     }
 
     fn crop(&mut self, n: usize) {
@@ -301,6 +250,22 @@ impl<E: Element> Pair<E> {
         }
     }
 
+    /// Goes on with a layer that holds what this one has exported.
+    fn exchange(&mut self) {
+        let codings = self.sides.each_ref().map(|side| side.coding.clone());
+        let mut other = empty(&codings, self.policy, self.batch()).expect("as before");
+        let [keys, values] = Side::ALL.map(|side| self.cache.export_side(side).expect("codecs with names"));
+        let wanted = self.policy.first_seen(self.n_tokens());
+        match other.import(keys.as_parts(), values.as_parts()) {
+            Ok(()) => self.cache = other,
+            // Cropped to where its window would show tokens that are gone.
+            Err(error) => {
+                assert!(matches!(error, CacheError::Forgotten { wanted: w, .. } if w == wanted), "{error}");
+                assert!(wanted < self.first(), "what has come out goes in");
+            }
+        }
+    }
+
     fn check(&self, more_room: usize) {
         let (first, n, batch) = (self.first(), self.n_tokens(), self.batch());
         assert_eq!(self.cache.first(), first);
@@ -310,15 +275,10 @@ impl<E: Element> Pair<E> {
             (batch, n, n_coded)
         );
         let (held, room) = (n - first, n - first + more_room);
-        for (at, side) in self.sides.iter().enumerate() {
+        for (side, which) in self.sides.iter().zip(Side::ALL) {
             let read = |tokens: Range<usize>, room: usize| {
                 let mut got = vec![E::from_f32(7.0); batch * HEADS * room * DIM];
-                let read = if at == 0 {
-                    self.cache.read_keys(tokens, &mut got, room, 1)
-                } else {
-                    self.cache.read_values(tokens, &mut got, room, 1)
-                };
-                read.expect("there is room");
+                self.cache.read(which, tokens, &mut got, room, 1).expect("there is room");
                 got
             };
             let got = read(first..n, room);
@@ -331,7 +291,7 @@ impl<E: Element> Pair<E> {
                 let same = |(a, b): (&E, &E)| a.to_f32().to_bits() == b.to_f32().to_bits();
                 assert!(
                     part.iter().zip(&all[(some.start - first) * DIM..]).all(same),
-                    "side {at}, tokens {some:?} of {n}"
+                    "{which}, tokens {some:?} of {n}"
                 );
             }
             for (head, got) in got.chunks_exact((room * DIM).max(1)).enumerate() {
@@ -340,7 +300,7 @@ impl<E: Element> Pair<E> {
                     // By bits: an exact side may hold NaN.
                     let same =
                         got.iter().zip(&expected).all(|(a, b)| a.to_f32().to_bits() == b.to_f32().to_bits());
-                    assert!(same, "side {at}, head {head}, token {token} of {n}: {got:?} for {expected:?}");
+                    assert!(same, "{which}, head {head}, token {token} of {n}: {got:?} for {expected:?}");
                 }
             }
         }
@@ -391,10 +351,8 @@ fn steps<E: Element>(source: &mut Source<'_>) {
             5 | 6 => pair.append(source),
             7 => pair.compress(),
             8 | 9 => pair.crop(source.below(30)),
-            10 => {
-                let position = source.below(pair.n_tokens() + 1);
-                if source.any() { pair.forget_before(position) } else { pair.slide(position) }
-            }
+            10 if source.any() => pair.settle(),
+            10 => pair.forget(),
             11 | 12 => {
                 let rows: Vec<usize> =
                     (0..source.below(MOST_ROWS + 1)).map(|_| source.below(MOST_ROWS)).collect();
@@ -402,6 +360,7 @@ fn steps<E: Element>(source: &mut Source<'_>) {
             }
             13 => copy = pair.copy(),
             14 => std::mem::swap(&mut pair, &mut copy),
+            15 if source.any() => pair.exchange(),
             _ => pair = empty.copy(),
         }
         pair.check(source.below(3));

@@ -11,12 +11,15 @@
 
 pub mod allocation;
 mod attention;
+mod container;
+mod import;
 mod layer_cache;
 mod model_config;
 mod packed_block;
 mod preset;
 mod preset_json;
 mod preset_safetensors;
+mod small_layer;
 mod source;
 
 pub use preset::most_bytes_for;
@@ -31,8 +34,10 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 6] = [
+pub const TARGETS: [Target; 8] = [
     Target { name: "attention", run: attention::run },
+    Target { name: "container", run: container::run },
+    Target { name: "import", run: import::run },
     Target { name: "layer_cache", run: layer_cache::run },
     Target { name: "model_config", run: model_config::run },
     Target { name: "packed_block", run: packed_block::run },

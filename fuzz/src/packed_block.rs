@@ -136,21 +136,21 @@ fn drift(tables: &StreamTables, packed: &[u8]) -> Vec<f64> {
         .collect()
 }
 
-/// Levels of one token's coefficients that have rows.
+/// Levels of one token's coefficients that have planes.
 fn levels(tables: &StreamTables, packed: &[u8], t: usize) -> Vec<f64> {
     let n = tables.block_len();
-    let mut row = side_information_bytes(tables.head_dim(), n);
-    // Bits of the token's code in a row of `bits` that begins at `at`.
+    let mut plane = side_information_bytes(tables.head_dim(), n);
+    // Bits of the token's code in a plane of `bits` that begins at `at`.
     let run = |bits: usize, at: usize| {
         let len = n * bits / 8;
         u32::from(packed[at + t % len]) >> (bits * (t / len)) & ((1 << bits) - 1)
     };
     let level = |width: Width| {
         let code = match width {
-            Width::W3 => run(2, row) | run(1, row + n / 4) << 2,
-            _ => run(width.bits(), row),
+            Width::W3 => run(2, plane) | run(1, plane + n / 4) << 2,
+            _ => run(width.bits(), plane),
         };
-        row += n * width.bits() / 8;
+        plane += n * width.bits() / 8;
         f64::from(code) + 0.5 - width.half_levels() as f64
     };
     tables.widths().take(tables.n_coded()).map(level).collect()

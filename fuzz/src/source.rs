@@ -98,7 +98,7 @@ impl<'a> Source<'a> {
     /// A rotation of vectors with `d` components, or none.
     pub(crate) fn rope(&mut self, d: usize) -> Option<Rope> {
         let pairs = self.below(d / 2 + 1);
-        let pairing = self.one_of(&[Pairing::HalfSplit, Pairing::Interleaved]);
+        let pairing = self.one_of(&Pairing::ALL);
         let fastest = self.one_of(&[1.0, 0.01, 3.0]);
         let frequencies = (0..pairs).map(|i| fastest * 0.7f64.powi(i as i32)).collect();
         Rope::new(pairing, 2 * pairs, frequencies).ok()

@@ -77,6 +77,16 @@ fn attention() {
 }
 
 #[test]
+fn container() {
+    replay("container");
+}
+
+#[test]
+fn import() {
+    replay("import");
+}
+
+#[test]
 fn layer_cache() {
     replay("layer_cache");
 }

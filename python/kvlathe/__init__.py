@@ -15,15 +15,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._moved import new_path, redirect_imports
 from ._native import version as _version
 from ._requirements import check_transformers
 from .errors import (
+    AttachWarning,
+    BlockError,
     BudgetError,
     CacheStateError,
     CalibrationError,
+    CalibrationWarning,
+    ContainerError,
     CorpusError,
     DeviceError,
     DtypeError,
+    ExpandedWarning,
+    GradientError,
     KvlatheError,
     ModelError,
     NonFiniteError,
@@ -36,57 +43,73 @@ from .errors import (
     UnverifiedPresetWarning,
 )
 from .preset import Preset
+from .saved import tell_torch
 
 if TYPE_CHECKING:
     from .attachment import attach, detach
     from .cache import CompressedDynamicCache, load_preset_cache
-    from .calibration import CalibrationOptions, calibrate
+    from .calibration.basis import CalibrationOptions, calibrate
+    from .calibration.quality import Evaluator, Quality
+    from .calibration.text.corpus import Corpus, corpus_from_files, default_corpus
+    from .calibration.tuning import TuneOptions, TuneResult, tune
+    from .calibration.verification import Verdict, verify
     from .compressors import IdentityCompressor, QuantizedCalibratedCompressor, StreamSetCompressor
-    from .corpus import Corpus, corpus_from_files, default_corpus
-    from .evaluation import Evaluator, Quality
     from .model_loading import load_model
-    from .tuning import TuneOptions, TuneResult, tune
-    from .verification import Verdict, verify
+    from .stores import Block, LayerParts, SideParts
 
 __version__ = _version()
 
+redirect_imports()
+tell_torch()
+
 # Where each name lives; importing it needs torch and transformers.
 _LAZY = {
-    "attach": "attachment",
-    "detach": "attachment",
-    "CalibrationOptions": "calibration",
+    "Block": "stores",
+    "CalibrationOptions": "calibration.basis",
     "CompressedDynamicCache": "cache",
-    "Corpus": "corpus",
-    "Evaluator": "evaluation",
+    "Corpus": "calibration.text.corpus",
+    "Evaluator": "calibration.quality",
     "IdentityCompressor": "compressors",
-    "Quality": "evaluation",
+    "LayerParts": "stores",
+    "Quality": "calibration.quality",
     "QuantizedCalibratedCompressor": "compressors",
+    "SideParts": "stores",
     "StreamSetCompressor": "compressors",
-    "TuneOptions": "tuning",
-    "TuneResult": "tuning",
-    "Verdict": "verification",
-    "calibrate": "calibration",
-    "corpus_from_files": "corpus",
-    "default_corpus": "corpus",
+    "TuneOptions": "calibration.tuning",
+    "TuneResult": "calibration.tuning",
+    "Verdict": "calibration.verification",
+    "attach": "attachment",
+    "calibrate": "calibration.basis",
+    "corpus_from_files": "calibration.text.corpus",
+    "default_corpus": "calibration.text.corpus",
+    "detach": "attachment",
     "load_model": "model_loading",
     "load_preset_cache": "cache",
-    "tune": "tuning",
-    "verify": "verification",
+    "tune": "calibration.tuning",
+    "verify": "calibration.verification",
 }
 
 __all__ = [
+    "AttachWarning",
+    "Block",
+    "BlockError",
     "BudgetError",
     "CacheStateError",
     "CalibrationError",
     "CalibrationOptions",
+    "CalibrationWarning",
     "CompressedDynamicCache",
+    "ContainerError",
     "Corpus",
     "CorpusError",
     "DeviceError",
     "DtypeError",
     "Evaluator",
+    "ExpandedWarning",
+    "GradientError",
     "IdentityCompressor",
     "KvlatheError",
+    "LayerParts",
     "ModelError",
     "NonFiniteError",
     "PaddingWarning",
@@ -98,6 +121,7 @@ __all__ = [
     "ResourceError",
     "RollbackError",
     "ShapeError",
+    "SideParts",
     "StreamSetCompressor",
     "TuneOptions",
     "TuneResult",
@@ -117,15 +141,18 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if new_path(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module 'kvlathe' has no attribute {name!r}")
     check_transformers()
     try:
         value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
     except ModuleNotFoundError as error:
-        if error.name in ("torch", "transformers"):
+        package = (error.name or "").partition(".")[0]
+        if package in ("torch", "transformers"):
             raise ImportError(
-                f"kvlathe.{name} needs {error.name}; install it with: pip install 'kvlathe[torch]'"
+                f"kvlathe.{name} needs {package}; install it with: pip install 'kvlathe[torch]'"
             ) from error
         raise
     globals()[name] = value

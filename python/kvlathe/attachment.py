@@ -1,71 +1,85 @@
-"""`attach`: a model's attention reads packed blocks directly while it decodes, and nothing is expanded.
+"""`attach`: attention from packed blocks for models that compute what torch's SDPA cannot say.
 
-    attach(model)
-    model.generate(**inputs, past_key_values=cache)   # cache: CompressedDynamicCache
-
-The model keeps working with every other cache. Devices other than the CPU and layers that are not coded by the
-calibrated codec go through the model's dense attention as before. `generate` reads long prompts into our cache in
-chunks, so that neither a layer's whole keys and values nor the whole prompt's activations exist at any time.
+Most models need nothing: their attention is torch's `scaled_dot_product_attention`, which lazy keys and values serve by
+themselves (`kvlathe.lazy`). Caps on scores (Gemma 2) and learned sinks (gpt-oss) are no part of that, so transformers
+runs such models with "eager" attention, operation by operation. `attach(model)` puts itself between those modules and
+their eager function, and there only: no option is set, and nothing else of the model is touched.
 """
 
 from __future__ import annotations
 
-from types import MethodType
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface, PreTrainedModel
 
-from .cache import CompressedDynamicCache
-from .cache.layer import CompressedLayer, Stub
-from .cache.padding import PaddedRows, padded_rows_of_first_pass
-from .cache.section_attention import causal_mask
-from .errors import ModelError
-from .model_loading import attention_modules
-from .two_sided import TwoSidedPlan, two_sided_attention
+from .errors import AttachWarning, ModelError
+from .lazy import LazyStates, Refusal, attend, causal_mask
 
 ATTENTION_NAME = "kvlathe"
-# Tokens of a prompt that `generate` gives to the model at once; more where rows begin with that much padding.
-PREFILL_CHUNK_TOKENS = 512
-MOST_CHUNK_TOKENS = 4096
+_EAGER = "eager"
+# Arguments of which another value may mean another function.
+_PLAIN = (int, float, str)
+# Of a trial: more than most windows, so that one that hides tokens by itself is noticed.
+_TRIED_TOKENS, _TRIED_QUERIES = 300, 3
+_TRIED_TOLERANCE = 1e-3
 Model = TypeVar("Model", bound=PreTrainedModel)
-
-# Architectures whose attention hands keys from the cache to the attention function untouched; each is tested.
-SUPPORTED_MODEL_TYPES = frozenset(
-    {
-        "cohere",
-        "gemma2",
-        "gemma3_text",
-        "glm",
-        "gpt_neox",
-        "gpt_oss",
-        "granite",
-        "llama",
-        "mistral",
-        "olmo2",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "qwen3_moe",
-        "smollm3",
-        "stablelm",
-    }
-)
 
 
 class _Attached:
-    """What `detach` undoes."""
+    """Stands for the config in an attention module: all is the config's but the name of the attention.
 
-    def __init__(self, implementation: str, hooks: list[RemovableHandle]) -> None:
-        self.implementation, self.hooks = implementation, hooks
+    It goes with the module wherever that is copied, pickled or sent. Another attention that is set later wins.
+
+    Args:
+        config: the module's own.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.__dict__["config"] = config
+        # Whether the module's eager function computes what we do, by what it was asked for; found when it first is.
+        self.__dict__["verdicts"] = {}
+
+    @property
+    def _attn_implementation(self) -> Any:
+        named = self.config._attn_implementation
+        return ATTENTION_NAME if named == _EAGER else named
+
+    def __getattr__(self, name: str) -> Any:
+        if "config" not in self.__dict__:  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.__dict__["config"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["config"], name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.__dict__["config"], name)
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.config == (other.config if isinstance(other, _Attached) else other))
+
+    __hash__ = object.__hash__
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Attached, (self.config,)
 
 
-_ATTACHED: WeakKeyDictionary[PreTrainedModel, _Attached] = WeakKeyDictionary()
+@cache
+def _names_seen_by(forward: Callable[..., Any]) -> dict[str, Any]:
+    """Globals of the file that a forward is written in, whatever has been wrapped around it."""
+    return getattr(inspect.unwrap(forward), "__globals__", {})
+
+
+def _eager_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+    """What a module calls for "eager" attention through transformers' interface; None if it does not use that."""
+    names = _names_seen_by(type(module).forward)
+    return names.get("eager_attention_forward") if "ALL_ATTENTION_FUNCTIONS" in names else None
 
 
 def _attention(
@@ -74,197 +88,175 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """What transformers calls: from the blocks where `key` is a stub, else dense."""
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    stub: Stub | None = getattr(key, "kvlathe_stub", None)
-    if stub is not None:
-        out = stub.layer.attend(
+) -> tuple[Tensor, Tensor | None]:
+    """What attached modules call: from the blocks where keys are lazy, else their eager function."""
+    eager = _eager_function(module)
+    if eager is None:
+        raise ModelError(
+            f"{type(module).__name__} was attached, and the file of its class has no eager attention any more; call "
+            f"detach(model)"
+        )
+    if not (isinstance(key, LazyStates) and isinstance(value, LazyStates)):
+        return eager(module, query, key, value, attention_mask, **kwargs)
+    if key.handout.dense is not None:
+        key.handout.see(attention_mask)
+    elif not _wants_weights(module, kwargs) and _is_ours(module, eager, (query, key, value), kwargs):
+        found = attend(
             query,
-            mask=attention_mask,
-            scaling=scale,
-            softcap=softcap,
-            sink_scores=s_aux,
-            n_tokens=stub.n_tokens,
+            key,
+            value,
+            attention_mask,
+            kwargs.get("dropout", 0.0) if module.training else 0.0,
+            scale=kwargs.get("scaling"),
+            enable_gqa=True,
+            softcap=kwargs.get("softcap"),
+            sink_scores=kwargs.get("s_aux"),
         )
-        return out, None
-    if softcap is None and s_aux is None:
-        n_queries, n_tokens = query.shape[2], key.shape[2]
-        if attention_mask is None and n_queries not in (1, n_tokens) and _is_causal(module, kwargs):
-            # SDPA would put the first query at the first token.
-            attention_mask = causal_mask(n_queries, n_tokens, 0, n_tokens, query.device)
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    # SDPA knows neither: exact attention of our own.
-    plan = TwoSidedPlan(tail=key.shape[2] + 1, n_sinks=0)
-    out = two_sided_attention(
-        query,
-        key,
-        value,
-        plan,
-        layer_idx=int(getattr(module, "layer_idx", 0) or 0),
-        scaling=scale,
-        attention_mask=attention_mask,
-        softcap=softcap,
-        s_aux=s_aux,
-        sliding_window=sliding_window,
-    )
-    return out.transpose(1, 2).contiguous(), None
+        if not isinstance(found, Refusal):
+            return found.transpose(1, 2).contiguous(), None
+    return eager(module, query, key, value, attention_mask, **kwargs)
 
 
-def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether no mask means that queries see no later tokens, as `sdpa_attention_forward` has it."""
-    told = kwargs.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if told is None else told)
+AttentionInterface.register(ATTENTION_NAME, _attention)
 
 
-def _shows_all(attention_mask: Tensor | None, n_tokens: int) -> bool:
-    """Whether a mask [B, tokens] hides none of the first ``n_tokens``; to transformers a shorter one hides the rest."""
-    if attention_mask is None:
-        return True
-    return attention_mask.shape[1] >= n_tokens and bool(attention_mask[:, :n_tokens].all())
+def _wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    return bool(kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False))
 
 
-def _mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    *,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    **kwargs: Any,
-) -> Tensor | None:
-    """transformers' `sdpa_mask`, but None for all causal attention whose last query is at the last token: making a mask
-    for a chunk of a prompt, and looking through it in every layer, takes longer than knowing.
+def _is_ours(
+    module: nn.Module, eager: Callable[..., Any], states: tuple[Tensor, ...], kwargs: dict[str, Any]
+) -> bool:
+    """Whether a module's eager function is softmax attention with no more than a cap and sinks: it is tried once, on
+    random tokens, for each set of arguments that it is called with.
     """
-    may_skip = allow_is_causal_skip and local_size is None and not torch.compiler.is_compiling()
-    # Static caches have a tensor for an offset.
-    aligned = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
-    if may_skip and aligned and _shows_all(attention_mask, kv_length):
-        return None
-    mask: Tensor | None = sdpa_mask(
-        batch_size,
-        q_length,
-        kv_length,
-        q_offset,
-        kv_offset,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        # For the first tokens of a static cache it would mean something else.
-        allow_is_causal_skip=allow_is_causal_skip and q_length in (1, kv_length),
-        **kwargs,
+    verdicts: dict[Any, bool] = module.config.__dict__["verdicts"]
+    asked = tuple(
+        (name, given if isinstance(given, _PLAIN) else None) for name, given in sorted(kwargs.items())
     )
-    return mask
+    if asked not in verdicts:
+        verdicts[asked] = _agrees(module, eager, states, kwargs)
+    return verdicts[asked]
 
 
-def _attention_name(config: Any) -> str | None:
-    """The attention that a model's config names: the property `_attn_implementation`, which every layer would wait for
-    in every step, or the attribute behind it.
+@torch.no_grad()
+def _agrees(
+    module: nn.Module, eager: Callable[..., Any], states: tuple[Tensor, ...], kwargs: dict[str, Any]
+) -> bool:
+    """On random tokens in place of these queries, keys and values."""
+    generator = torch.Generator().manual_seed(0)
+    window = kwargs.get("sliding_window")
+    n_tokens = max(_TRIED_TOKENS, 2 * window if isinstance(window, int) else 0)
+
+    def random(like: Any, n: int) -> Tensor:
+        # In float32 whatever the model computes in: a coarser format would hide what is different.
+        return 3.0 * torch.randn((1, like.shape[1], n, like.shape[3]), generator=generator).to(like.device)
+
+    numbers = (_TRIED_QUERIES, n_tokens, n_tokens)
+    queries, keys, values = (random(like, n) for like, n in zip(states, numbers, strict=True))
+    seen = causal_mask(_TRIED_QUERIES, n_tokens)[None, None].to(queries.device)
+    hidden = torch.zeros_like(seen, dtype=queries.dtype).masked_fill(~seen, torch.finfo(queries.dtype).min)
+    kwargs = {**kwargs, "dropout": 0.0}
+    if isinstance(kwargs.get("s_aux"), Tensor):
+        kwargs["s_aux"] = kwargs["s_aux"].float()
+    try:
+        given = eager(module, queries, keys, values, hidden, **kwargs)[0].float()
+        expected = _reference(queries, keys, values, hidden, kwargs)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False  # it wants something that only a whole pass has
+    if given.shape != expected.shape:
+        return False
+    return float((given - expected).norm()) <= _TRIED_TOLERANCE * float(expected.norm())
+
+
+def _reference(
+    queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    """Attention [1, q, Hq, D] as `kvlathe.lazy.attend` means it, in float32."""
+    n_rep = queries.shape[1] // keys.shape[1]
+    keys, values = (states.float().repeat_interleave(n_rep, 1) for states in (keys, values))
+    scaling = kwargs.get("scaling")
+    scores = queries.float() @ keys.mT * (queries.shape[-1] ** -0.5 if scaling is None else scaling)
+    if (softcap := kwargs.get("softcap")) is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + hidden.float()
+    if (sinks := kwargs.get("s_aux")) is not None:
+        scores = torch.cat([scores, sinks.float().reshape(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1)], -1)
+    weights = scores.softmax(-1)[..., : keys.shape[2]]
+    return (weights @ values).transpose(1, 2)
+
+
+def _attention_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules that know a layer of the cache, and choose their attention by a config. All of them, where calibration
+    wants one a layer (`model_loading.attention_modules`).
     """
-    held = object.__getattribute__(config, "__dict__").get("_attn_implementation_internal")
-    return held if held is not None else config._attn_implementation
+    for module in model.modules():
+        if isinstance(getattr(module, "layer_idx", None), int) and _attention_of(module) is not None:
+            yield module
 
 
-def _announce(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before an attention module runs: tell its cache layer that stubs will do."""
-    cache = kwargs["past_key_values"] if "past_key_values" in kwargs else kwargs.get("layer_past")
-    if isinstance(cache, CompressedDynamicCache):
-        layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
-        layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-        # Someone may have set another attention since, which would take stubs for keys.
-        ours = _attention_name(module.config) == ATTENTION_NAME
-        # transformers' own layers go through dense attention.
-        if ours and isinstance(layer, CompressedLayer):
-            layer.attends_next = True
-            mask = kwargs.get("attention_mask")
-            first = isinstance(mask, Tensor) and mask.dtype == torch.bool and not layer.get_seq_length()
-            # Without padding there may be no mask. That of a sliding window hides more than padding.
-            if first and not layer.is_sliding and mask.shape[2] == mask.shape[3]:  # type: ignore[union-attr]
-                layer.padding_seen = padded_rows_of_first_pass(mask)  # type: ignore[arg-type]
-
-
-def _generate_in_chunks(
-    model: PreTrainedModel, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any
-) -> Any:
-    """The model's `generate`, with a chunked prefill where the cache is ours and the caller has not chosen."""
-    config = generation_config or getattr(model, "generation_config", None)
-    chosen = "prefill_chunk_size" in kwargs or getattr(config, "prefill_chunk_size", None) is not None
-    # transformers cannot cut embeddings into chunks.
-    embedded = kwargs.get("inputs_embeds") is not None
-    if isinstance(kwargs.get("past_key_values"), CompressedDynamicCache) and not chosen and not embedded:
-        kwargs["prefill_chunk_size"] = _chunk_tokens(kwargs["past_key_values"], kwargs.get("attention_mask"))
-    return type(model).generate(model, inputs, generation_config, *args, **kwargs)  # type: ignore[attr-defined]
-
-
-def _chunk_tokens(cache: CompressedDynamicCache, mask: Any) -> int:
-    """Chunks that reach to every row's first tokens, which stay exact (`kvlathe.cache.padding`)."""
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or cache.get_seq_length():
-        return PREFILL_CHUNK_TOKENS
-    n_sinks = max(
-        (layer.policy.n_sinks for layer in cache.layers if isinstance(layer, CompressedLayer)), default=0
-    )
-    longest = max(PaddedRows.of(mask).lengths)
-    reach = longest + n_sinks if longest and n_sinks else 0
-    return max(PREFILL_CHUNK_TOKENS, min(reach, MOST_CHUNK_TOKENS))
+def _attention_of(module: nn.Module) -> str | None:
+    """The name of the attention that a module's config chooses; None if it has no such config."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
 
 
 def attach(model: Model) -> Model:
-    """Let the model decode straight from a `CompressedDynamicCache`'s blocks. Twice is the same as once.
+    """Let modules with eager attention read packed blocks. Twice is the same as once; `detach` undoes it.
 
-    With such a cache, `model.generate` also reads prompts in chunks of `PREFILL_CHUNK_TOKENS` tokens (of the longest
-    padding in front of a row, and a few more, where that is longer, up to `MOST_CHUNK_TOKENS`) unless it is told
-    another ``prefill_chunk_size`` (None: all at once).
+    Models whose attention is torch's SDPA need no `attach`; it then gives an `AttachWarning` and does nothing.
 
     Returns:
         The model itself.
-
-    Raises:
-        ModelError: an architecture that this was not tested for. Its caches still work, through expanded tensors.
     """
-    if model in _ATTACHED:
-        return model
-    model_type = model.config.get_text_config(decoder=True).model_type
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise ModelError(
-            f"attach() does not know {model_type!r} models (it knows {', '.join(sorted(SUPPORTED_MODEL_TYPES))}); "
-            f"use the cache without attach(): it then expands each layer for the time of one call"
-        )
-    AttentionInterface.register(ATTENTION_NAME, _attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, _mask)
-    implementation = str(model.config._attn_implementation)
-    model.set_attn_implementation(ATTENTION_NAME)
-    hooks = [
-        module.register_forward_pre_hook(_announce, with_kwargs=True)
-        for module in attention_modules(model).values()
-    ]
-    if hasattr(type(model), "generate"):
-        # A bound method: a deep copy of the model gets one that is bound to the copy.
-        model.generate = MethodType(_generate_in_chunks, model)  # type: ignore[assignment]
-    _ATTACHED[model] = _Attached(implementation, hooks)
+    for module in _servable(model):
+        module.config = _Attached(module.config)  # type: ignore[assignment]
+    if not is_attached(model):
+        warnings.warn(f"attach() has nothing to do: {_why_nothing(model)}", AttachWarning, stacklevel=2)
     return model
 
 
-def is_attached(model: PreTrainedModel) -> bool:
-    """Whether `attach` holds for this model."""
-    return model in _ATTACHED
+def _servable(model: nn.Module) -> list[nn.Module]:
+    return [
+        module
+        for module in _attention_modules(model)
+        if _attention_of(module) == _EAGER and _eager_function(module) is not None
+    ]
+
+
+def can_attach(model: nn.Module) -> bool:
+    """Whether `attach` has anything to do for a model that is not attached."""
+    return bool(_servable(model))
+
+
+def _why_nothing(model: nn.Module) -> str:
+    named = sorted({str(_attention_of(module)) for module in _attention_modules(model)})
+    if named == ["sdpa"]:
+        return (
+            "attention of this model is torch's scaled_dot_product_attention, which a kvlathe cache serves from its "
+            "packed tokens without attach()"
+        )
+    if named == [_EAGER]:
+        return (
+            f"{type(model).__name__} computes attention in code of its own, so its cache is expanded; "
+            f"attn_implementation='sdpa' is served from packed tokens, if the model has it"
+        )
+    return (
+        f"attention of this model is {', '.join(named) or 'unknown to transformers'}, which reads whole tensors, so "
+        f"its cache is expanded; load it with attn_implementation='sdpa' (or 'eager', and attach() again) to be served "
+        f"from packed tokens"
+    )
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether `attach` holds for modules of this model."""
+    return any(isinstance(getattr(module, "config", None), _Attached) for module in model.modules())
 
 
 def detach(model: Model) -> Model:
     """Undo `attach`; without effect on a model that is not attached."""
-    attached = _ATTACHED.pop(model, None)
-    if attached is not None:
-        for hook in attached.hooks:
-            hook.remove()
-        model.__dict__.pop("generate", None)
-        model.set_attn_implementation(attached.implementation)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, _Attached):
+            module.config = config.config
     return model

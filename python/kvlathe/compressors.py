@@ -7,13 +7,15 @@ that the cache can join runs, and hand the native code over to it on the CPU.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ._native import LowRankCodec, StreamSetCodec
+from .counts import is_count
 from .errors import DeviceError, DtypeError, NonFiniteError, PicklingError, PresetError, ShapeError
+from .saved import by_maker, maker
 from .torch_codec import TorchStreamCodec
 
 # Largest entry of |UᵀU - I| that passes for orthonormal; U may have been stored in float16.
@@ -21,6 +23,7 @@ _ORTHONORMAL_LIMIT = 1e-3
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@maker("identity")
 class IdentityCompressor(nn.Module):
     """Keeps everything bit for bit. Used for keys when only values are compressed."""
 
@@ -35,7 +38,11 @@ class IdentityCompressor(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return by_maker("identity") if type(self) is IdentityCompressor else super().__reduce_ex__(protocol)
 
+
+@maker("low rank")
 class QuantizedCalibratedCompressor(nn.Module):
     """Projection on ``rank`` directions that the heads of a layer share, stored in 8 or 16 bits a component.
 
@@ -65,8 +72,8 @@ class QuantizedCalibratedCompressor(nn.Module):
 
     def __init__(self, U: Tensor, mean: Tensor, bits: int = 8, dtype: torch.dtype = torch.float16) -> None:
         super().__init__()
-        if not dtype.is_floating_point:
-            raise DtypeError(f"dtype is {dtype}, expected a floating-point type such as torch.float16")
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise DtypeError(f"dtype is {dtype!r}, expected a floating-point type such as torch.float16")
         if bits not in (8, 16):
             raise ShapeError(f"bits is {bits}, expected 8 (int8) or 16 (float16)")
         u = torch.as_tensor(U).detach().to(torch.float32)
@@ -128,21 +135,17 @@ class QuantizedCalibratedCompressor(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.expand(self.compress(x), x.dtype)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise _no_pickle(self)
+    def __reduce__(self) -> tuple[Any, ...]:
+        data = (self.U, self.mean, self.bits, self.dtype)
+        return (
+            by_maker("low rank", *data) if type(self) is QuantizedCalibratedCompressor else (type(self), data)
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedCalibratedCompressor:
         return self  # immutable
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, rank={self.rank}, bits={self.bits}"
-
-
-def _no_pickle(compressor: nn.Module) -> PicklingError:
-    return PicklingError(
-        f"a {type(compressor).__name__} cannot be pickled, as its tables lie in native memory; pickle the Preset that "
-        f"it comes from, or its path, and make the compressor again"
-    )
 
 
 def _check_shared_basis(u: Tensor, mean: Tensor) -> None:
@@ -183,8 +186,12 @@ class StreamSetCompressor(nn.Module):
             raise PresetError(
                 f"{type(codec).__name__} is not a calibrated codec; take one from Preset.codec(layer, side)"
             )
+        if not is_count(n_sinks):
+            raise ShapeError(f"n_sinks is {n_sinks!r}, expected a whole number of tokens, at least 0")
         self.native = codec
         self.n_sinks = n_sinks
+        # Whose codec it is, where a cache was made from a preset.
+        self.preset: Any = None
         self._on_device: dict[torch.device, TorchStreamCodec] = {}
 
     @property
@@ -237,8 +244,19 @@ class StreamSetCompressor(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.expand(self.compress(x), dtype=x.dtype)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise _no_pickle(self)
+    def __reduce__(self) -> tuple[Any, ...]:
+        if type(self) is not StreamSetCompressor:
+            raise PicklingError(
+                f"a {type(self).__name__} cannot be pickled, as its tables lie in native memory: of a plain "
+                f"StreamSetCompressor the name of its codec is written, which says nothing of a subclass; give it a "
+                f"__reduce__ of its own"
+            )
+        if self.native.id is None:
+            raise PicklingError(
+                "a StreamSetCompressor is pickled by the digest of its preset, as its tables lie in native memory, and "
+                "this one's codec was made without a preset; take codecs from Preset.codec(layer, side)"
+            )
+        return by_maker("stream set", *self.native.id, self.n_sinks)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamSetCompressor:
         return self  # immutable
@@ -299,15 +317,3 @@ def _last_contiguous(x: Tensor) -> Tensor:
 def granularity(compressor: nn.Module) -> int:
     """Tokens that a compressor codes together."""
     return int(getattr(compressor, "block_len", 1))
-
-
-def native_codec(compressor: nn.Module) -> StreamSetCodec | LowRankCodec | bool | None:
-    """What the native cache takes for a compressor: a codec, None for exact, or False when it must go through tensors.
-
-    Subclasses may compute something else, so only the classes themselves qualify.
-    """
-    if type(compressor) is IdentityCompressor:
-        return None
-    if type(compressor) in (StreamSetCompressor, QuantizedCalibratedCompressor):
-        return cast("StreamSetCodec | LowRankCodec", compressor.native)
-    return False

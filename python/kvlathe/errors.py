@@ -27,6 +27,14 @@ class NonFiniteError(KvlatheError, ValueError):
     """A tensor holds NaN or infinity."""
 
 
+class BlockError(KvlatheError, ValueError):
+    """A packed block does not belong where it was given: another preset, layer, side, position or length."""
+
+
+class ContainerError(KvlatheError, ValueError):
+    """The file of a saved cache cannot be written, or is missing, damaged, cut short, newer or something else."""
+
+
 class RollbackError(KvlatheError, RuntimeError):
     """Tokens cannot be removed from a cache, because what comes before them is no longer held."""
 
@@ -40,7 +48,11 @@ class ResourceError(KvlatheError, MemoryError):
 
 
 class PicklingError(KvlatheError, TypeError):
-    """Something that lives in native memory cannot be pickled."""
+    """Something cannot be pickled, as it lives in native memory; or what was pickled cannot be made again."""
+
+
+class GradientError(KvlatheError, RuntimeError):
+    """A backward pass wants gradients through tokens whose graph a cache has not kept."""
 
 
 class CalibrationError(KvlatheError, RuntimeError):
@@ -61,6 +73,18 @@ class CorpusError(KvlatheError, ValueError):
 
 class EvaluationError(KvlatheError, RuntimeError):
     """An evaluation cannot be run, read or drawn as asked."""
+
+
+class ExpandedWarning(UserWarning):
+    """Attention was not served from packed tokens: a cache had to expand them."""
+
+
+class AttachWarning(UserWarning):
+    """`attach` has nothing to do for a model."""
+
+
+class CalibrationWarning(UserWarning):
+    """A calibration found something about the model that costs quality."""
 
 
 class PaddingWarning(UserWarning):

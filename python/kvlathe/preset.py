@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
+from weakref import WeakSet
 
 from ._native import LowRankCodec, StreamSetCodec
 from ._native import Preset as NativePreset
-from .errors import UnverifiedPresetWarning
+from .errors import PresetError, UnverifiedPresetWarning
+from .saved import by_maker, maker
 
 Side = Literal["key", "value"]
+
+# All presets that somebody holds.
+_ALIVE: WeakSet[Preset] = WeakSet()
 
 
 class Preset:
@@ -26,6 +32,9 @@ class Preset:
     def __init__(self, native: NativePreset) -> None:
         self.native = native
         self.meta: dict[str, Any] = json.loads(native.meta_json())
+        # Its codecs' compressors, made once and shared by all of its caches: tables are large.
+        self._compressors: dict[tuple[int, Side], Any] = {}
+        _ALIVE.add(self)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Preset:
@@ -41,8 +50,29 @@ class Preset:
         self.native.write(os.fspath(path))
 
     @property
+    def digest(self) -> str | None:
+        """What packed blocks depend on, hashed: 64 lower-case hex digits of SHA-256; None for seed-style presets.
+
+        Presets of equal digests pack equal blocks and read one another's. Names, dates, what was measured and the
+        version of the file are no part of it (docs/preset_format.md, "Digest").
+        """
+        return self.native.digest
+
+    @property
     def n_layers(self) -> int:
         return int(self.meta["n_layers"])
+
+    @property
+    def layer_shapes(self) -> list[tuple[int, int, int] | None]:
+        """Of each layer: KV heads (0 in a seed-style preset), components of a key and of a value; None where it is not
+        coded.
+        """
+        return self.native.layer_shapes
+
+    @property
+    def coded_layers(self) -> list[int]:
+        """Indices of the layers that are coded."""
+        return [layer for layer, shape in enumerate(self.layer_shapes) if shape is not None]
 
     @property
     def is_seed_style(self) -> bool:
@@ -113,16 +143,49 @@ class Preset:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # As the bytes of its file: reading them runs no code, which is more than can be said of other pickles.
-        return _from_bytes, (bytes(self.native.to_safetensors()),)
+        return by_maker("preset", bytes(self.native.to_safetensors()))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Preset:
         return self  # immutable
 
     def __repr__(self) -> str:
         kind = "seed-style " if self.is_seed_style else ""
-        return f"<{kind}Preset of {self.meta['model']}: {self.n_layers} layers, {self.bits_per_value:.2f} bits a value>"
+        what = f"{described_layers(self)}, {self.bits_per_value:.2f} bits a value"
+        return f"<{kind}Preset of {self.meta['model']}: {what}>"
 
 
+def described_layers(preset: Preset) -> str:
+    """How many layers there are, and how many are coded where not all are."""
+    n_coded = len(preset.coded_layers)
+    return (
+        f"{preset.n_layers} layers"
+        if n_coded == preset.n_layers
+        else f"{n_coded} of {preset.n_layers} layers"
+    )
+
+
+def loaded_preset(digest: str) -> Preset:
+    """The preset of that digest which this process holds, or one that comes with the package.
+
+    Raises:
+        PresetError: there is none.
+    """
+    for preset in list(_ALIVE):
+        if preset.digest == digest:
+            return preset
+    from .presets import BUDGETS, smollm2
+
+    for budget in BUDGETS:
+        preset = Preset.load(smollm2(budget))
+        if preset.digest == digest:
+            return preset
+    raise PresetError(
+        f"this was packed with the preset of the digest {digest[:12]}…, which is not loaded in this process; load it "
+        f"first (preset = kvlathe.Preset.load(path)) and hold it while you unpickle"
+    )
+
+
+@maker("preset")
 def _from_bytes(content: bytes) -> Preset:
     return Preset(NativePreset.from_bytes(content))
 
@@ -133,7 +196,16 @@ def config_json(config: Any) -> str:
     if text_config is not None:
         config = text_config(decoder=True)
     as_dict = config.to_dict() if hasattr(config, "to_dict") else config
-    return json.dumps(as_dict, default=str)
+    return json.dumps(_finite(as_dict), default=str)
+
+
+def _finite(value: Any) -> Any:
+    """The same with infinity and NaN as words: JSON has no numbers for them, and limits of time steps are infinite."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # Models that a warning was given for.

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary
-
 import torch
 from torch import nn
 
 from ._native import StreamSetCodec
 from .compressors import IdentityCompressor, QuantizedCalibratedCompressor, StreamSetCompressor
 from .errors import PresetError
-from .preset import Preset, Side
-
-# A preset's compressors are immutable, and their tables large: made once, shared by all of its caches.
-_COMPRESSORS: WeakKeyDictionary[Preset, dict[tuple[int, Side], nn.Module]] = WeakKeyDictionary()
+from .preset import Preset, Side, loaded_preset
+from .saved import maker
 
 
 def preset_compressor(preset: Preset, layer: int, side: Side) -> nn.Module:
-    known = _COMPRESSORS.setdefault(preset, {})
+    known = preset._compressors
     if (layer, side) not in known:
         known[layer, side] = _new_compressor(preset, layer, side)
-    return known[layer, side]
+    compressor: nn.Module = known[layer, side]
+    return compressor
+
+
+@maker("stream set")
+def _restored(digest: str, layer: int, side: Side, n_sinks: int) -> nn.Module:
+    """A pickled compressor, by the name of its codec.
+
+    Raises:
+        PresetError: no preset of that digest is loaded.
+    """
+    preset = loaded_preset(digest)
+    compressor = preset_compressor(preset, layer, side)
+    if getattr(compressor, "n_sinks", None) != n_sinks:
+        compressor = StreamSetCompressor(compressor.native, n_sinks)  # type: ignore[arg-type]
+        compressor.preset = preset
+    return compressor
 
 
 def _new_compressor(preset: Preset, layer: int, side: Side) -> nn.Module:
@@ -28,7 +40,10 @@ def _new_compressor(preset: Preset, layer: int, side: Side) -> nn.Module:
     if codec is None:
         return IdentityCompressor()
     if isinstance(codec, StreamSetCodec):
-        return StreamSetCompressor(codec, preset.n_sinks)
+        compressor = StreamSetCompressor(codec, preset.n_sinks)
+        # Who has a cache has its preset, by which a pickled one is found again.
+        compressor.preset = preset
+        return compressor
     return shared_compressor(preset, layer, side)
 
 

@@ -36,7 +36,7 @@ def can_be_coded(x: Tensor) -> bool:
 class TorchStreamCodec:
     """Encodes and decodes packed blocks with torch operations on one device, all heads at once.
 
-    Coefficients are in the order of storage: those with drift only follow those that have rows.
+    Coefficients are in the order of storage: those with drift only follow those that have planes.
 
     Args:
         codec: the native codec whose tables are copied.
@@ -63,7 +63,7 @@ class TorchStreamCodec:
         widths = torch.tensor([list(tables["widths"]) for tables in heads])
         coded = widths > 0
         half = torch.where(coded, 2.0 ** (widths - 1), torch.zeros(()))[:, None]
-        # Half the number of levels, and what makes one of |z|; 0 where there is no row, which makes all codes 0.
+        # Half the number of levels, and what makes one of |z|; 0 where there is no plane, which makes all codes 0.
         self._half = half.to(device)
         self._per_half = torch.where(half > 0, 1.0 / half, half).to(device)
         self._most_level = (half - 1.0).clamp_min(0.0).to(device)
@@ -111,7 +111,7 @@ class TorchStreamCodec:
         header, falls, gain = self._choose_gains(blocks.square().sum(-1) / self.head_dim)
         z = (blocks @ self._analysis) * (1.0 / gain)[..., None] - self._coded_mean
         z = torch.where((gain > 0)[..., None], z, torch.zeros_like(z))
-        drift = self._choose_drift(z)
+        drift = self._choose_drift(z, gain)
         z = z - self._drift(drift)
         guard = self._choose_guard(z)
         codes = self._quantise(z, self._scales[guard]).to(torch.uint8)
@@ -140,11 +140,14 @@ class TorchStreamCodec:
         codes = (largest - (falls << spacing)).clamp_min(1)
         return self._gains[torch.where(falls == _FALL_OF_ZERO, torch.zeros_like(codes), codes)]
 
-    def _choose_drift(self, z: Tensor) -> Tensor:
-        """Codes [..., 1, D] of the drift of z[..., block_len, D]: the mean over the block, outliers clamped."""
+    def _choose_drift(self, z: Tensor, gain: Tensor) -> Tensor:
+        """Codes [..., 1, D] of the drift of z[..., block_len, D]: the mean over tokens that are not zero, outliers
+        clamped.
+        """
+        n_tokens = (gain > 0).sum(-1).clamp_min(1)[..., None, None]
         reach = self._drift_units * (_DRIFT_REACH / _DRIFT_STEP)
         total = torch.minimum(torch.maximum(z, -reach), reach).sum(-2, keepdim=True)
-        level = torch.floor(total * (1.0 / (self._drift_units * self.block_len)) + 0.5)
+        level = torch.floor(total * (1.0 / (self._drift_units * n_tokens)) + 0.5)
         return level.clamp(-_DRIFT_HALF, _DRIFT_HALF - 1).to(torch.int64) + _DRIFT_HALF
 
     def _drift(self, codes: Tensor) -> Tensor:
@@ -185,9 +188,9 @@ class TorchStreamCodec:
 
 
 class _Layout:
-    """Where the parts of all heads lie in a block: sides first (header, side information, drift), then rows.
+    """Where the parts of all heads lie in a block: sides first (header, side information, drift), then planes.
 
-    Rows of one width are packed and unpacked together, whatever their heads.
+    Planes of one width are packed and unpacked together, whatever their heads.
 
     Args:
         widths: [n_heads, D], in the order of storage.
@@ -197,49 +200,49 @@ class _Layout:
         n_heads, d = widths.shape
         self._shape = (n_heads, d, block_len)
         side_bytes = _HEADER_BYTES + block_len + (d + 1) // 2
-        row_bytes = widths * block_len // 8
-        head_bytes = side_bytes + row_bytes.sum(1)
+        plane_bytes = widths * block_len // 8
+        head_bytes = side_bytes + plane_bytes.sum(1)
         head_at = head_bytes.cumsum(0) - head_bytes
-        row_at = head_at[:, None] + side_bytes + row_bytes.cumsum(1) - row_bytes
+        plane_at = head_at[:, None] + side_bytes + plane_bytes.cumsum(1) - plane_bytes
         self.block_bytes = int(head_bytes.sum())
-        # Bytes of the block in the order in which they are packed and unpacked: sides, then rows by width.
+        # Bytes of the block in the order in which they are packed and unpacked: sides, then planes by width.
         parts = [(head_at[:, None] + torch.arange(side_bytes)).flatten()]
         self._side_bytes = side_bytes
-        self._groups: list[tuple[int, int]] = []  # (width, number of rows)
-        rows = []  # which of the n_heads·D coefficients
+        self._groups: list[tuple[int, int]] = []  # (width, number of planes)
+        planes = []  # which of the n_heads·D coefficients
         for width in sorted(set(widths.flatten().tolist())):
             of_width = (widths.flatten() == width).nonzero()[:, 0]
-            rows.append(of_width)
+            planes.append(of_width)
             self._groups.append((width, len(of_width)))
-            starts = row_at.flatten()[of_width]
+            starts = plane_at.flatten()[of_width]
             parts.append((starts[:, None] + torch.arange(width * block_len // 8)).flatten())
-        order, coefficients = torch.cat(parts), torch.cat(rows)
+        order, coefficients = torch.cat(parts), torch.cat(planes)
         self._bytes, self._bytes_back = order.to(device), order.argsort().to(device)
-        self._rows, self._rows_back = coefficients.to(device), coefficients.argsort().to(device)
+        self._planes, self._planes_back = coefficients.to(device), coefficients.argsort().to(device)
 
     def pack(self, sides: Tensor, codes: Tensor) -> Tensor:
         """Sides [..., n_heads, side bytes] and codes [..., n_heads, D, block_len], uint8, to [..., block bytes]."""
         parts = [sides.flatten(-2)]
         by_width = (
-            codes.flatten(-3, -2).index_select(-2, self._rows).split([n for _, n in self._groups], dim=-2)
+            codes.flatten(-3, -2).index_select(-2, self._planes).split([n for _, n in self._groups], dim=-2)
         )
         for (width, _), group in zip(self._groups, by_width, strict=True):
             if width:
-                parts.append(_pack_rows(width, group).flatten(-2))
+                parts.append(_pack_planes(width, group).flatten(-2))
         return torch.cat(parts, dim=-1).index_select(-1, self._bytes_back)
 
     def unpack(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """The way back: sides and codes."""
         n_heads, d, block_len = self._shape
         sizes = [n_heads * self._side_bytes, *(n * width * block_len // 8 for width, n in self._groups)]
-        sides, *rows = packed.index_select(-1, self._bytes).split(sizes, dim=-1)
+        sides, *planes = packed.index_select(-1, self._bytes).split(sizes, dim=-1)
         codes = [
-            _unpack_rows(width, group.unflatten(-1, (n, -1)))
+            _unpack_planes(width, group.unflatten(-1, (n, -1)))
             if width
             else packed.new_zeros(*packed.shape[:-1], n, block_len)
-            for (width, n), group in zip(self._groups, rows, strict=True)
+            for (width, n), group in zip(self._groups, planes, strict=True)
         ]
-        together = torch.cat(codes, dim=-2).index_select(-2, self._rows_back)
+        together = torch.cat(codes, dim=-2).index_select(-2, self._planes_back)
         return sides.unflatten(-1, (n_heads, -1)), together.unflatten(-2, (n_heads, d))
 
 
@@ -254,29 +257,29 @@ def _unpack_drift(packed: Tensor, head_dim: int) -> Tensor:
     return torch.cat([packed & 15, packed >> 4], dim=-1)[..., None, :head_dim]
 
 
-def _pack_rows(width: int, codes: Tensor) -> Tensor:
-    """Codes [..., n] of coefficients to their rows [..., n·width/8]."""
+def _pack_planes(width: int, codes: Tensor) -> Tensor:
+    """Codes [..., n] of coefficients to their planes [..., n·width/8]."""
     if width == 3:
         return torch.cat([_pack_runs(2, codes & 3), _pack_runs(1, codes >> 2)], dim=-1)
     return _pack_runs(width, codes)
 
 
-def _unpack_rows(width: int, rows: Tensor) -> Tensor:
+def _unpack_planes(width: int, planes: Tensor) -> Tensor:
     if width == 3:
-        n_low = rows.shape[-1] // 3 * 2
-        return _unpack_runs(2, rows[..., :n_low]) | (_unpack_runs(1, rows[..., n_low:]) << 2)
-    return _unpack_runs(width, rows)
+        n_low = planes.shape[-1] // 3 * 2
+        return _unpack_runs(2, planes[..., :n_low]) | (_unpack_runs(1, planes[..., n_low:]) << 2)
+    return _unpack_runs(width, planes)
 
 
 def _pack_runs(bits: int, codes: Tensor) -> Tensor:
     """Codes [..., n] of so many bits to [..., n·bits/8]: runs of tokens side by side in a byte."""
     runs = codes.unflatten(-1, (8 // bits, -1))
-    rows = runs[..., 0, :]
+    planes = runs[..., 0, :]
     for k in range(1, 8 // bits):
-        rows = rows | (runs[..., k, :] << (bits * k))
-    return rows
+        planes = planes | (runs[..., k, :] << (bits * k))
+    return planes
 
 
-def _unpack_runs(bits: int, rows: Tensor) -> Tensor:
+def _unpack_runs(bits: int, planes: Tensor) -> Tensor:
     mask = (1 << bits) - 1
-    return torch.cat([(rows >> (bits * k)) & mask for k in range(8 // bits)], dim=-1)
+    return torch.cat([(planes >> (bits * k)) & mask for k in range(8 // bits)], dim=-1)

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kvlathe::cache::{CacheError, Coding, TensorView};
-use kvlathe::codec::{Element, LowRank, Pairing, Scratch, Storage, StreamSet, Tokens, best_isa};
+use kvlathe::codec::{Element, LowRank, Scratch, Storage, StreamSet, Tokens, best_isa};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
@@ -116,6 +116,12 @@ impl StreamSetCodec {
         self.0.streams().len()
     }
 
+    /// Digest of the preset that it was made from, layer and side; None for another one.
+    #[getter]
+    fn id(&self) -> Option<(String, usize, &'static str)> {
+        self.0.id().map(|id| (id.digest.to_string(), id.layer, id.side.name()))
+    }
+
     /// Bytes of one packed block of all heads.
     #[getter]
     fn block_bytes(&self) -> usize {
@@ -132,11 +138,7 @@ impl StreamSetCodec {
     #[getter]
     fn rope(&self) -> Option<(&'static str, usize, Vec<f64>)> {
         let rope = self.0.rope()?;
-        let pairing = match rope.pairing() {
-            Pairing::HalfSplit => "half_split",
-            Pairing::Interleaved => "interleaved",
-        };
-        Some((pairing, rope.rotary_dim(), rope.inv_freq().to_vec()))
+        Some((rope.pairing().name(), rope.rotary_dim(), rope.inv_freq().to_vec()))
     }
 
     /// The coding tables of one head, as little-endian float32 (and one byte a width), for other implementations.

@@ -4,6 +4,7 @@ use kvlathe::Error;
 use kvlathe::cache::CacheError;
 use kvlathe::calib::CalibError;
 use kvlathe::codec::CodecError;
+use kvlathe::prefix::container::ContainerError;
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 
@@ -23,6 +24,8 @@ pub(crate) fn to_python(error: impl Into<Error>) -> PyErr {
     let error = error.into();
     let name = match &error {
         Error::Preset(_) | Error::SeedPreset { .. } => "PresetError",
+        Error::Container(ContainerError::OutOfMemory { .. }) => "ResourceError",
+        Error::Container(_) => "ContainerError",
         Error::Rate { .. } => "BudgetError",
         Error::FactorCount { .. } | Error::Factor { .. } => "CalibrationError",
         Error::Codec(inner)
@@ -34,6 +37,8 @@ pub(crate) fn to_python(error: impl Into<Error>) -> PyErr {
             _ => "PresetError",
         },
         Error::Cache(CacheError::Threads { .. }) => "ResourceError",
+        Error::Cache(CacheError::WrongBlock { .. } | CacheError::Unnamed) => "BlockError",
+        Error::Cache(CacheError::NotEmpty { .. }) => "CacheStateError",
         Error::Cache(_) => "ShapeError",
         Error::Calib(CalibError::NonFinite { .. }) => "NonFiniteError",
         Error::Calib(CalibError::Length { .. } | CalibError::Index { .. }) => "ShapeError",

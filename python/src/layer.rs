@@ -4,12 +4,14 @@ use std::num::NonZeroUsize;
 use std::sync::RwLock;
 
 use half::{bf16, f16};
-use kvlathe::cache::{AttentionOptions, CacheError, Coding, LayerCache, Policy};
-use kvlathe::codec::Element;
+use kvlathe::cache::{AttentionOptions, Block, CacheError, Coding, LayerCache, Policy, SideParts};
+use kvlathe::codec::{Element, Side};
 use pyo3::prelude::*;
 
-use crate::codec::{LowRankCodec, StreamSetCodec};
+use crate::block::PackedRow;
+use crate::codec::StreamSetCodec;
 use crate::error::{exception, to_python};
+use crate::preset::side;
 use crate::tensor::{Dtype, RawTensor};
 
 /// A layer's cache in the model's number format.
@@ -114,12 +116,23 @@ fn coding(codec: &Bound<'_, PyAny>) -> PyResult<Coding> {
         Ok(Coding::Exact)
     } else if let Ok(set) = codec.cast::<StreamSetCodec>() {
         Ok(Coding::Blocks(set.get().0.clone()))
-    } else if let Ok(coder) = codec.cast::<LowRankCodec>() {
-        Ok(Coding::LowRank(coder.get().0.clone()))
     } else {
         let message = format!("{} is no native codec", codec.get_type().name()?);
         Err(exception("PresetError", message))
     }
+}
+
+/// One side's parts as Python has them: first position, sinks, blocks of each row, tail.
+type Parts<'py> = (usize, Bound<'py, PyAny>, Vec<Bound<'py, PackedRow>>, Bound<'py, PyAny>);
+
+/// # Safety
+/// As [`RawTensor::view`].
+unsafe fn side_parts<'a, E: Element>(
+    (first, sinks, blocks, tail): &'a (usize, RawTensor<'_>, Vec<Vec<Block>>, RawTensor<'_>),
+) -> PyResult<SideParts<'a, E>> {
+    // SAFETY: the caller's promise.
+    let (sinks, tail) = unsafe { (sinks.view()?, tail.view()?) };
+    Ok(SideParts { first: *first, sinks, blocks, tail })
 }
 
 impl NativeLayer {
@@ -138,9 +151,10 @@ impl NativeLayer {
 
 #[pymethods]
 impl NativeLayer {
-    /// Codecs are None (exact), a StreamSetCodec or a LowRankCodec; `dims` are the head_dim of keys and of values.
+    /// Codecs are None (exact) or a StreamSetCodec; `dims` are the head_dim of keys and of values, `window` the tokens
+    /// that a query sees, its own included, or None for all.
     #[new]
-    #[pyo3(signature = (key, value, *, n_sinks, compress_start_len, n_tail, dtype, batch, n_heads, dims))]
+    #[pyo3(signature = (key, value, *, n_sinks, compress_start_len, n_tail, window, dtype, batch, n_heads, dims))]
     #[expect(clippy::too_many_arguments, reason = "keyword-only in Python, called from one place")]
     fn new(
         key: &Bound<'_, PyAny>,
@@ -148,13 +162,14 @@ impl NativeLayer {
         n_sinks: usize,
         compress_start_len: usize,
         n_tail: usize,
+        window: Option<NonZeroUsize>,
         dtype: &str,
         batch: usize,
         n_heads: usize,
         dims: (usize, usize),
     ) -> PyResult<Self> {
         let (key, value) = (coding(key)?, coding(value)?);
-        let policy = Policy { n_sinks, compress_start_len, n_tail };
+        let policy = Policy { n_sinks, compress_start_len, n_tail, window };
         let dtype = Dtype::from_name(dtype)?;
         macro_rules! new {
             ($variant:ident) => {
@@ -205,7 +220,7 @@ impl NativeLayer {
         })
     }
 
-    /// Codes the whole blocks that have left the tail.
+    /// Codes the whole blocks that have left the tail. Drops nothing.
     fn compress(&self, py: Python<'_>, n_threads: usize) -> PyResult<()> {
         with_layer!(&self.layer, layer, E => {
             // Most steps have nothing to code: not worth waking threads.
@@ -213,6 +228,21 @@ impl NativeLayer {
                 return Ok(());
             }
             change(py, layer, |layer| layer.compress(n_threads))
+        })
+    }
+
+    /// Whether `settle` would code or drop anything.
+    fn would_settle(&self, py: Python<'_>) -> PyResult<bool> {
+        with_layer!(&self.layer, layer, E => look(py, layer, LayerCache::would_settle))
+    }
+
+    /// Drops what has left the sliding window, then codes as `compress` does; both or neither.
+    fn settle(&self, py: Python<'_>, n_threads: usize) -> PyResult<()> {
+        with_layer!(&self.layer, layer, E => {
+            if !look(py, layer, LayerCache::would_settle)? {
+                return Ok(());
+            }
+            change(py, layer, |layer| layer.settle(n_threads))
         })
     }
 
@@ -235,8 +265,8 @@ impl NativeLayer {
             // SAFETY: as in `append`; the caller made both tensors for this call, nothing else refers to them yet.
             let (keys, values) = unsafe { (keys.slice_mut::<E>("keys")?, values.slice_mut::<E>("values")?) };
             read_of(py, layer, n_tokens, |layer| {
-                layer.read_keys(tokens.clone(), keys, key_tokens, n_threads)?;
-                layer.read_values(tokens, values, value_tokens, n_threads)
+                layer.read(Side::Key, tokens.clone(), keys, key_tokens, n_threads)?;
+                layer.read(Side::Value, tokens, values, value_tokens, n_threads)
             })
         })
     }
@@ -247,20 +277,21 @@ impl NativeLayer {
         with_layer!(&self.layer, layer, E => look(py, layer, LayerCache::can_attend))
     }
 
-    /// Attention of `[batch, query heads, q, head_dim]` queries over all tokens, or the last `window` of each query's,
-    /// straight from the blocks, into the contiguous `out` `[batch, q, query heads, head_dim]`. `mask` is uint8
+    /// Attention of `[batch, query heads, q, head_dim]` queries over all tokens, or those of each query's window, straight
+    /// from the blocks, into the contiguous `out` `[batch, q, query heads, head_dim]` and, of each query the log of its
+    /// softmax's sum, `lse` `[batch, query heads, q]` in float32. `mask` is uint8
     /// `[1 or batch, q, tokens]`, nonzero = seen, its tokens the last ones, those that any query sees; without it
     /// attention is causal, the last query at the last token. Refuses to, if the layer does not hold `n_tokens`:
     /// somebody else has changed it since the caller's tokens came in.
-    #[pyo3(signature = (queries, out, *, n_tokens, window, mask, scaling, softcap, sink_scores, n_threads))]
+    #[pyo3(signature = (queries, out, lse, *, n_tokens, mask, scaling, softcap, sink_scores, n_threads))]
     #[expect(clippy::too_many_arguments, reason = "keyword-only in Python")]
     fn attend(
         &self,
         py: Python<'_>,
         queries: &Bound<'_, PyAny>,
         out: &Bound<'_, PyAny>,
+        lse: &Bound<'_, PyAny>,
         n_tokens: usize,
-        window: Option<NonZeroUsize>,
         mask: Option<&Bound<'_, PyAny>>,
         scaling: f32,
         softcap: Option<f32>,
@@ -278,23 +309,22 @@ impl NativeLayer {
             }
         };
         let sink_scores = sink_scores.as_deref();
-        let options = AttentionOptions { scaling, mask, window, softcap, sink_scores };
+        let options = AttentionOptions { scaling, mask, softcap, sink_scores };
+        let lse = RawTensor::new(lse, "the log-sum-exp", 3)?;
+        lse.expect_dtype("the log-sum-exp", "float32")?;
         with_layer!(&self.layer, layer, E => {
             // SAFETY: as in `append` and `read`.
             let (queries, out) = unsafe { (queries.view::<E>()?, out.slice_mut::<E>("the attention output")?) };
-            read_of(py, layer, n_tokens, |layer| layer.attend(queries, options, out, n_threads))
+            // SAFETY: the dtype is checked; the caller made the tensor for this call.
+            let lse = unsafe { lse.slice_mut::<f32>("the log-sum-exp")? };
+            read_of(py, layer, n_tokens, |layer| layer.attend(queries, options, out, Some(lse), n_threads))
         })
     }
 
-    /// Drops tokens before `position`, then codes as `compress` does; both or neither.
-    fn slide(&self, py: Python<'_>, position: usize, n_threads: usize) -> PyResult<()> {
-        with_layer!(&self.layer, layer, E => change(py, layer, |layer| layer.slide(position, n_threads)))
-    }
-
-    /// Drops tokens before `position`, of coded ones whole blocks.
-    fn forget_before(&self, py: Python<'_>, position: usize) -> PyResult<()> {
+    /// Drops what has left the sliding window.
+    fn forget(&self, py: Python<'_>) -> PyResult<()> {
         with_layer!(&self.layer, layer, E => change(py, layer, |layer| {
-            layer.forget_before(position);
+            layer.forget();
             Ok(())
         }))
     }
@@ -309,10 +339,40 @@ impl NativeLayer {
         with_layer!(&self.layer, layer, E => change(py, layer, |layer| layer.select(&rows)))
     }
 
-    /// Bytes held: (exact, coded).
-    fn memory_use(&self, py: Python<'_>) -> PyResult<(usize, usize)> {
+    /// Bytes held: exact, coded, and those of the coded ones that are somebody else's.
+    fn memory_use(&self, py: Python<'_>) -> PyResult<(usize, usize, usize)> {
         let memory = with_layer!(&self.layer, layer, E => look(py, layer, LayerCache::memory_use))?;
-        Ok((memory.exact_bytes, memory.coded_bytes))
+        Ok((memory.exact_bytes, memory.coded_bytes, memory.foreign_bytes))
+    }
+
+    /// Where a side keeps its tokens: positions of the first one held, of the first coded one, of the tail's first.
+    fn positions(&self, py: Python<'_>, side_name: &str) -> PyResult<(usize, usize, usize)> {
+        let side = side(side_name)?;
+        let found = with_layer!(&self.layer, layer, E => look(py, layer, |layer| layer.positions(side)))?;
+        Ok((found.first, found.coded_at, found.tail_at))
+    }
+
+    /// The packed blocks of one side of a row, oldest first, sharing their bytes with the layer.
+    fn export(&self, py: Python<'_>, row: usize, side_name: &str) -> PyResult<PackedRow> {
+        let side = side(side_name)?;
+        let blocks = with_layer!(&self.layer, layer, E => look(py, layer, |layer| layer.export(row, side)))?;
+        Ok(PackedRow(blocks.map_err(to_python)?))
+    }
+
+    /// Fills an empty layer. Of keys and of values: position of the first token, sinks `[batch, heads, n, head_dim]`, each
+    /// row's blocks, tail `[batch, heads, n, head_dim]`.
+    fn import_parts(&self, py: Python<'_>, keys: Parts<'_>, values: Parts<'_>) -> PyResult<()> {
+        let [keys, values] = [keys, values].map(|parts| {
+            let (sinks, tail) = (self.tensor(&parts.1, "sinks")?, self.tensor(&parts.3, "the tail")?);
+            let blocks: Vec<Vec<Block>> = parts.2.iter().map(|row| row.get().0.clone()).collect();
+            Ok::<_, PyErr>((parts.0, sinks, blocks, tail))
+        });
+        let (keys, values) = (keys?, values?);
+        with_layer!(&self.layer, layer, E => {
+            // SAFETY: as in `append`.
+            let (keys, values) = unsafe { (side_parts::<E>(&keys)?, side_parts::<E>(&values)?) };
+            change(py, layer, |layer| layer.import(keys, values))
+        })
     }
 
     /// A copy that shares the packed blocks.

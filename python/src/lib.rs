@@ -1,7 +1,9 @@
 //! The native half of the Python package `kvlathe`. Tensors come in as torch objects and are read through their
 //! pointers; everything else lives in the Rust crates.
 
+mod block;
 mod codec;
+mod container;
 mod error;
 mod layer;
 mod moments;
@@ -29,8 +31,14 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<codec::StreamSetCodec>()?;
     module.add_class::<codec::LowRankCodec>()?;
     module.add_class::<layer::NativeLayer>()?;
+    module.add_class::<block::PackedBlock>()?;
+    module.add_class::<block::PackedRow>()?;
+    module.add_class::<container::Container>()?;
+    module.add_class::<container::MappedBytes>()?;
     module.add_class::<moments::Moments>()?;
     module.add_class::<preset::Preset>()?;
+    module.add_function(wrap_pyfunction!(container::write_container, module)?)?;
+    module.add_function(wrap_pyfunction!(preset::cache_fingerprint, module)?)?;
     module.add_function(wrap_pyfunction!(preset::fingerprint, module)?)?;
     module.add_function(wrap_pyfunction!(openmp::adopt_openmp, module)?)?;
     module.add_function(wrap_pyfunction!(version, module)?)?;

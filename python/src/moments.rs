@@ -3,39 +3,36 @@
 use std::sync::Arc;
 
 use kvlathe::cache::with_threads;
-use kvlathe::calib::{DesignOptions, ModelMoments, ModelShape, Side, Window};
-use kvlathe::codec::{Pairing, Rope};
+use kvlathe::calib::{CalibratedLayer, DesignOptions, ModelMoments, ModelShape, Window};
+use kvlathe::codec::{LayerShape, ParseNameError, Rope};
 use pyo3::prelude::*;
 
 use crate::error::{exception, to_python};
-use crate::preset::{Preset, meta_from_json};
+use crate::preset::{Preset, meta_from_json, side};
 use crate::tensor::RawTensor;
 
 /// A layer's rotation as Python describes it: ("half_split" or "interleaved", rotary_dim, inv_freq).
 type RopeTuple = (String, usize, Vec<f64>);
+
+/// A layer as Python describes it: KV heads, components of a key, of a value, rotation.
+type LayerTuple = (usize, usize, usize, Option<RopeTuple>);
+
+fn layer((n_kv_heads, key_dim, value_dim, rotation): LayerTuple) -> PyResult<CalibratedLayer> {
+    if n_kv_heads == 0 || key_dim == 0 || value_dim == 0 {
+        return Err(exception("ShapeError", "a layer has at least one KV head and component".into()));
+    }
+    let shape = LayerShape { n_kv_heads, key_dim, value_dim };
+    Ok(CalibratedLayer { shape, rope: rotation.map(rope).transpose()? })
+}
 
 /// Streaming second moments of a model's keys, values and gradients.
 #[pyclass(module = "kvlathe._native")]
 pub(crate) struct Moments(ModelMoments);
 
 fn rope((pairing, rotary_dim, inv_freq): RopeTuple) -> PyResult<Arc<Rope>> {
-    let pairing = match pairing.as_str() {
-        "half_split" => Pairing::HalfSplit,
-        "interleaved" => Pairing::Interleaved,
-        other => {
-            let message = format!("pairing {other:?}, expected \"half_split\" or \"interleaved\"");
-            return Err(exception("PresetError", message));
-        }
-    };
+    let pairing =
+        pairing.parse().map_err(|error: ParseNameError| exception("PresetError", error.to_string()))?;
     Rope::new(pairing, rotary_dim, inv_freq).map(Arc::new).map_err(to_python)
-}
-
-fn side(name: &str) -> PyResult<Side> {
-    match name {
-        "key" => Ok(Side::Key),
-        "value" => Ok(Side::Value),
-        other => Err(exception("ShapeError", format!("side {other:?}, expected \"key\" or \"value\""))),
-    }
 }
 
 fn float32<'a>(tensor: &'a RawTensor, what: &str) -> PyResult<&'a [f32]> {
@@ -46,18 +43,15 @@ fn float32<'a>(tensor: &'a RawTensor, what: &str) -> PyResult<&'a [f32]> {
 
 #[pymethods]
 impl Moments {
-    /// `ropes`: one entry a layer, None where keys are not rotated.
+    /// One entry a layer: KV heads, components of a key and of a value, and the rotation of keys if they are rotated;
+    /// None for a layer that is not coded.
     #[new]
-    fn new(n_kv_heads: usize, head_dim: usize, ropes: Vec<Option<RopeTuple>>) -> PyResult<Self> {
-        if n_kv_heads == 0 || head_dim == 0 || ropes.is_empty() {
-            return Err(exception(
-                "ShapeError",
-                "a model has at least one layer, KV head and component".into(),
-            ));
+    fn new(layers: Vec<Option<LayerTuple>>) -> PyResult<Self> {
+        let layers = layers.into_iter().map(|l| l.map(layer).transpose()).collect::<PyResult<Vec<_>>>()?;
+        if layers.iter().all(Option::is_none) {
+            return Err(exception("ShapeError", "a model has at least one layer that can be coded".into()));
         }
-        let ropes = ropes.into_iter().map(|r| r.map(rope).transpose()).collect::<PyResult<Vec<_>>>()?;
-        let shape = ModelShape { n_layers: ropes.len(), n_kv_heads, head_dim, ropes };
-        ModelMoments::new(shape).map(Self).map_err(to_python)
+        Ok(Self(ModelMoments::new(ModelShape { layers })))
     }
 
     /// Tokens seen.
@@ -106,7 +100,8 @@ impl Moments {
 
     /// Designs a preset without bits: `Preset.with_bits` allocates them. `meta_json` is the preset's top level.
     ///
-    /// Without gradients, `output_gram` gives the output projections' Gram matrices `[n_layers][n_kv_heads][d·d]`.
+    /// Without gradients, `output_gram` gives the output projections' Gram matrices `[n_layers][n_kv_heads][d·d]`, of layers
+    /// that are not coded an empty list.
     #[pyo3(signature = (meta_json, *, block_len, shrinkage, shared_rank, n_threads, output_gram=None, score_scale=1.0))]
     #[expect(clippy::too_many_arguments, reason = "keyword-only in Python")]
     fn design(
@@ -127,7 +122,7 @@ impl Moments {
             Some(gram) => self.0.design_without_gradients(&options, shared_rank, gram, score_scale),
         })?
         .map_err(to_python)?;
-        kvlathe::preset_from_design(meta, self.0.shape(), designs).map(Preset).map_err(to_python)
+        kvlathe::preset_from_design(meta, self.0.shape(), designs).map(Preset::from).map_err(to_python)
     }
 }
 

@@ -86,8 +86,19 @@ impl<'py> RawTensor<'py> {
             return Err(exception("ShapeError", format!("the last dimension of {what} must be contiguous")));
         }
         let address: usize = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
+        if address == 0 && !shape.contains(&0) {
+            let message = format!(
+                "{what} have no memory of their own, as in torch.func's transforms; pass ordinary tensors"
+            );
+            return Err(exception("DeviceError", message));
+        }
         let dtype = tensor.getattr(intern!(py, "dtype"))?;
         Ok(Self { address, shape, strides, dtype })
+    }
+
+    /// Where the first element lies.
+    pub(crate) fn address(&self) -> usize {
+        self.address
     }
 
     pub(crate) fn dtype(&self) -> PyResult<Dtype> {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,10 @@ from kvlathe import (
     calibrate,
 )
 from kvlathe._native import Preset as NativePreset
+from kvlathe.attachment import attach, can_attach, detach
+from kvlathe.cache.expansions import Expansions
+from kvlathe.cache.handout import Handout
+from kvlathe.cache.layer import CompressedLayer
 from kvlathe.preset import Side
 from tiny_models import VOCAB, tiny
 
@@ -74,8 +80,10 @@ def hand_made_preset(
     basis: Tensor | None = None,
     inv_freq: tuple[float, ...] = (),
     block_len: int = 8,
+    n_heads: int = 1,
+    n_sinks: int = 0,
 ) -> Preset:
-    """A preset of one layer with one KV head; with no mean and no basis, coefficients are the components."""
+    """A preset of one layer, its KV heads alike; with no mean and no basis, coefficients are the components."""
     d = len(widths)
     identity = torch.eye(d)
     stream = {
@@ -84,13 +92,13 @@ def hand_made_preset(
         "importance": [1.0] * d,
         "widths": widths,
     }
-    side = {"U": identity.tolist(), "mean": [0.0] * d, "streams": [stream]}
+    side = {"U": identity.tolist(), "mean": [0.0] * d, "streams": [stream] * n_heads}
     rope = {"pairing": "half_split", "rotary_dim": 2 * len(inv_freq), "inv_freq": inv_freq}
     lathe = {
         "format_version": 2,
-        "n_kv_heads": 1,
+        "n_kv_heads": n_heads,
         "block_len": block_len,
-        "n_sinks": 0,
+        "n_sinks": n_sinks,
         "bits_per_value": 0.0,
         "rope": [rope] if inv_freq else [],
     }
@@ -99,7 +107,7 @@ def hand_made_preset(
         "rank": d,
         "head_dim": d,
         "n_layers": 1,
-        "n_heads": 1,
+        "n_heads": n_heads,
         "kvlathe": lathe,
     }
     content["layers"] = [{"rope": 0 if inv_freq else None, "K": side, "V": side}]
@@ -135,6 +143,35 @@ def one_layer_cache(
 ) -> CompressedDynamicCache:
     """A cache of one layer."""
     return CompressedDynamicCache([key], [value], 1, compress_start_len=start, uncompressed_tail=tail)
+
+
+@contextmanager
+def expanded() -> Iterator[None]:
+    """Meanwhile caches hand out ordinary tensors, so that models attend to expanded tokens by themselves."""
+    hand_out = CompressedLayer.hand_out
+    CompressedLayer.hand_out = lambda self, keys, values, *_: self.update(keys, values)
+    try:
+        yield
+    finally:
+        CompressedLayer.hand_out = hand_out
+
+
+@contextmanager
+def served(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The model as its users have it: attached, where attention is eager."""
+    attaches = can_attach(model)
+    if attaches:
+        attach(model)
+    try:
+        yield model
+    finally:
+        if attaches:
+            detach(model)
+
+
+def handed_out(layer: CompressedLayer, n_new: int = 1) -> Handout:
+    """What a layer would hand out, its last ``n_new`` tokens being those of an update."""
+    return Handout(layer, layer.store, n_new, None, Expansions(), 0)
 
 
 def orthonormal(head_dim: int, rank: int, seed: int = 0) -> Tensor:

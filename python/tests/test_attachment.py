@@ -1,416 +1,183 @@
-"""`attach`: decoding straight from the blocks gives what expanded attention gives."""
+"""`attach`: eager attention from packed blocks, where a model cannot run SDPA; nothing else of a model is touched."""
 
 from __future__ import annotations
 
 import copy
-import os
-import select
-import signal
+import functools
+import io
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
-
-from cache_helpers import identity_cache
-from kvlathe import CalibrationOptions, CompressedDynamicCache, Preset, attach, calibrate, detach
-from kvlathe.attachment import ATTENTION_NAME
-from kvlathe.cache.native_store import NativeStore
-from kvlathe.cache.window import WindowLayer
-from kvlathe.errors import ModelError
-from tiny_models import VOCAB, tiny
-
-MODELS = [
-    "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt_neox", "glm", "cohere",
-    "smollm3", "stablelm", "gpt_oss",
-]  # fmt: skip
-WINDOWED = ["mistral", "gemma2", "gemma3", "gpt_oss"]
-_PRESETS: dict[str, Preset] = {}
-
-
-def preset_of(name: str, model: PreTrainedModel) -> Preset:
-    if name not in _PRESETS:
-        generator = torch.Generator().manual_seed(5)
-        windows = [torch.randint(0, VOCAB, (96,), generator=generator) for _ in range(6)]
-        options = CalibrationOptions(block_len=8, tail=16, n_sinks=2, cost_windows=0)
-        calibration = calibrate(model, windows, options=options)
-        _PRESETS[name] = calibration.with_bits(6.0)
-    return _PRESETS[name]
-
-
-def prompt(batch: int, length: int) -> torch.Tensor:
-    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(batch + length))
-
-
-@torch.no_grad()
-def logits_of(
-    model: PreTrainedModel,
-    preset: Preset,
-    ids: torch.Tensor,
-    mask: torch.Tensor,
-    steps: list[int],
-    cache: CompressedDynamicCache | None = None,
-) -> list[torch.Tensor]:
-    """Logits of a prefill and of the following steps of the given lengths."""
-    if cache is None:
-        cache = CompressedDynamicCache.from_preset(preset, uncompressed_tail=8)
-    cache.note_padding(mask)
-    at = ids.shape[1] - sum(steps)
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    outputs = []
-    for start, end in [(0, at)] + [
-        (at + sum(steps[:i]), at + sum(steps[: i + 1])) for i in range(len(steps))
-    ]:
-        out = model(
-            input_ids=ids[:, start:end],
-            attention_mask=mask[:, :end],
-            position_ids=positions[:, start:end],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        outputs.append(out.logits)
-    assert cache.get_memory_stats()["compressed_tokens"] > 0
-    return outputs
-
-
-def assert_as_expanded(got: list[torch.Tensor], expected: list[torch.Tensor], padding: int) -> None:
-    """Logits of all steps, but for those of the padded row's own padding, which are nobody's business."""
-    for a, b in zip(got, expected, strict=True):
-        keep = slice(padding, None) if a.shape[1] > padding else slice(None)
-        # Single codes of tokens that are packed later may round the other way: hence a bound for the mean as well.
-        torch.testing.assert_close(a[:, keep], b[:, keep], atol=3e-2, rtol=2e-3)
-        assert (a[:, keep] - b[:, keep]).abs().mean() < 1e-3
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("padding", [0, 5])
-@pytest.mark.parametrize("steps", [[1, 1, 3, 1], [30, 1, 24]], ids=["short", "long"])
-def test_logits_are_those_of_the_expanded_path(name: str, padding: int, steps: list[int]) -> None:
-    model = tiny(name)
-    preset = preset_of(name, model)
-    ids = prompt(2, 54 + sum(steps))
-    mask = torch.ones_like(ids)
-    if padding and model.config._attn_implementation == "eager":
-        # Eager attention hands padding other values than ours does, zeros. The tokens of a block share its drift and
-        # the spacing of its gains, so here padding, which comes behind the sinks, fills a block.
-        padding = preset.block_len
-    mask[1, :padding] = 0
-    expected = logits_of(model, preset, ids, mask, steps)
-    before = model.config._attn_implementation
-    attach(model)
-    try:
-        assert model.config._attn_implementation == ATTENTION_NAME
-        got = logits_of(model, preset, ids, mask, steps)
-    finally:
-        detach(model)
-    assert model.config._attn_implementation == before
-    assert_as_expanded(got, expected, padding)
-
-
-@pytest.mark.parametrize("name", WINDOWED)
-@pytest.mark.parametrize("padding", [0, 8])
-@pytest.mark.parametrize("steps", [[1] * 12, [5, 3, 1, 9, 1], [30, 1, 24, 60]], ids=["one", "short", "long"])
-@pytest.mark.filterwarnings("ignore::kvlathe.errors.UnverifiedPresetWarning")
-def test_windows_that_forget_give_the_logits_of_the_expanded_path(
-    name: str, padding: int, steps: list[int]
-) -> None:
-    model = tiny(name)
-    preset = preset_of(name, model)
-    ids = prompt(2, 54 + sum(steps))
-    mask = torch.ones_like(ids)
-    mask[1, :padding] = 0
-
-    def logits() -> list[torch.Tensor]:
-        cache = CompressedDynamicCache.from_preset(preset, model=model, uncompressed_tail=8)
-        found = logits_of(model, preset, ids, mask, steps, cache)
-        windows = [layer for layer in cache.layers if isinstance(layer, WindowLayer)]
-        assert windows
-        for layer in windows:
-            # Something was forgotten, and something is coded.
-            assert layer._store.first > 0 and layer.n_coded > 0
-        return found
-
-    expected = logits()
-    attach(model)
-    assert_as_expanded(logits(), expected, padding)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("steps", [[1, 1, 3, 1], [30, 1, 24]], ids=["short", "long"])
-def test_half_precision_models(dtype: torch.dtype, steps: list[int]) -> None:
-    preset = preset_of("llama", tiny("llama"))
-    model = tiny("llama").to(dtype)
-    ids = prompt(2, 54 + sum(steps))
-    mask = torch.ones_like(ids)
-    expected = logits_of(model, preset, ids, mask, steps)
-    got = logits_of(attach(model), preset, ids, mask, steps)
-    # Both round everything else to the model's format; ours does not round the decoded keys and values.
-    scale = max(float(logits.abs().max()) for logits in expected)
-    for a, b in zip(got, expected, strict=True):
-        assert a.dtype == dtype
-        torch.testing.assert_close(a, b, atol=0.05 * scale, rtol=0.05)
-
-
-@pytest.mark.parametrize(
-    "kwargs", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 16}]
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
 )
-def test_generate(kwargs: dict[str, int]) -> None:
-    model = tiny("llama")
-    preset = preset_of("llama", model)
-    ids = prompt(1, 50)
-    common = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **kwargs}
-    expected = model.generate(
-        input_ids=ids,
-        past_key_values=CompressedDynamicCache.from_preset(preset, uncompressed_tail=8),
-        **common,
-    )
-    attach(attach(model))
-    try:
-        cache = CompressedDynamicCache.from_preset(preset, uncompressed_tail=8)
-        got = model.generate(input_ids=ids, past_key_values=cache, **common)
-        stock = model.generate(input_ids=ids, past_key_values=DynamicCache(), **common)
-    finally:
-        detach(detach(model))
-    assert torch.equal(got, expected)
-    assert torch.equal(stock, model.generate(input_ids=ids, past_key_values=DynamicCache(), **common))
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from cache_helpers import compressed_cache, identity_cache, preset_of, tokens
+from kvlathe import AttachWarning, CompressedDynamicCache, ExpandedWarning, attach, detach
+from kvlathe.attachment import can_attach, is_attached
+from tiny_models import tiny
+
+EAGER = ["gemma2", "gpt_oss"]
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
-@pytest.mark.filterwarnings("ignore::kvlathe.errors.UnverifiedPresetWarning")
-def test_nothing_is_expanded_while_decoding(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def _forward(model: PreTrainedModel, cache: Any, ids: Tensor, **kwargs: Any) -> Any:
+    with torch.no_grad():
+        return model(input_ids=ids, past_key_values=cache, **kwargs)
+
+
+def _expanded_layers(model: PreTrainedModel, name: str) -> int:
+    """Layers that a step expands."""
+    cache = compressed_cache(name)
+    _forward(model, cache, tokens(60))
+    _forward(model, cache, tokens(1))
+    return int(cache.get_memory_stats()["expanded_layers"])
+
+
+@pytest.mark.parametrize("name", EAGER)
+@pytest.mark.filterwarnings("ignore::kvlathe.errors.ExpandedWarning")
+def test_attached_models_expand_nothing(name: str) -> None:
     model = tiny(name)
-    cache = CompressedDynamicCache.from_preset(preset_of(name, model), model=model, uncompressed_tail=8)
-    attach(model)
-    try:
-        with torch.no_grad():
-            model(input_ids=prompt(1, 50), past_key_values=cache, use_cache=True)
-            monkeypatch.setattr(
-                "kvlathe.cache.native_store.NativeStore._read", lambda *_, **__: pytest.fail("expanded")
-            )
-            for _ in range(20):
-                model(input_ids=prompt(1, 1), past_key_values=cache, use_cache=True)
-    finally:
-        detach(model)
-    assert cache.get_seq_length() == 70
+    assert can_attach(model) and _expanded_layers(model, name) == 2
+    assert attach(attach(model)) is model and is_attached(model) and not can_attach(model)
+    assert _expanded_layers(model, name) == 0
+    assert detach(detach(model)) is model and not is_attached(model)
+    assert _expanded_layers(model, name) == 2
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("kind", ["dynamic", "static", "identity"])
-def test_chunks_through_other_caches(name: str, padding: int, kind: str) -> None:
-    """An attached model reads prompts in chunks through caches that are not ours, or not coded, as before."""
-    model = tiny(name)
-    ids, mask = prompt(2, 70), torch.ones(2, 70, dtype=torch.long)
+def test_other_caches_are_served_as_before(name: str, padding: int, kind: str) -> None:
+    """To the bit: their attention is the module's own."""
+    model = tiny(name, attn_implementation="eager")
+    ids, mask = tokens(70, batch=2), torch.ones(2, 70, dtype=torch.long)
     mask[1, :padding] = 0
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
 
-    @torch.no_grad()
-    def logits() -> torch.Tensor:
+    def logits() -> Tensor:
         cache = {
             "dynamic": lambda: DynamicCache(config=model.config),
             "static": lambda: StaticCache(config=model.config, max_cache_len=80),
             "identity": lambda: identity_cache(model),
         }[kind]()
-        outputs = [
-            model(
-                input_ids=ids[:, start:end],
-                attention_mask=mask[:, :end] if padding else None,
-                position_ids=positions[:, start:end],
-                past_key_values=cache,
-            ).logits
-            for start, end in [(0, 30), (30, 50), (50, 51), (51, 70)]
-        ]
-        return torch.cat(outputs, 1)
+        parts = [(0, 30), (30, 50), (50, 51), (51, 70)]
+        return torch.cat(
+            [
+                _forward(
+                    model,
+                    cache,
+                    ids[:, start:end],
+                    attention_mask=mask[:, :end] if padding else None,
+                    position_ids=positions[:, start:end],
+                ).logits
+                for start, end in parts
+            ],
+            1,
+        )
 
     expected = logits()
     attach(model)
-    try:
-        got = logits()
-    finally:
-        detach(model)
-    torch.testing.assert_close(got[:, padding:], expected[:, padding:], atol=2e-4, rtol=1e-4)
+    assert torch.equal(logits(), expected)
 
 
-def test_a_chunk_without_padding_needs_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_on_sdpa_need_nothing_and_are_told_so() -> None:
     model = tiny("llama")
-    cache = CompressedDynamicCache.from_preset(preset_of("llama", model), uncompressed_tail=8)
-    masks = []
-    attend = NativeStore.attend
-    monkeypatch.setattr(
-        NativeStore,
-        "attend",
-        lambda *args, **kwargs: masks.append(kwargs["mask"]) or attend(*args, **kwargs),
-    )
+    before = dict(vars(model.model.layers[0].self_attn)), vars(model.config).copy(), dict(vars(model))
+    with pytest.warns(
+        AttachWarning, match=r"nothing to do.*scaled_dot_product_attention.*without attach\(\)"
+    ):
+        assert attach(model) is model
+    assert not is_attached(model)
+    assert before == (dict(vars(model.model.layers[0].self_attn)), vars(model.config), dict(vars(model)))
+
+
+def test_attention_of_a_models_own_is_told() -> None:
+    with pytest.warns(AttachWarning, match="code of its own"):
+        attach(tiny("falcon", attn_implementation="eager"))
+
+
+def test_nothing_but_the_served_modules_is_touched() -> None:
+    model = tiny("gemma2")
+    touched = {id(layer.self_attn) for layer in model.model.layers}
+    before = {id(module): dict(vars(module)) for module in model.modules()}
+    options = model.config.to_dict(), model.generation_config.to_dict()
     attach(model)
-    try:
-        with torch.no_grad():
-            for n in (40, 30, 1):
-                model(input_ids=prompt(1, n), past_key_values=cache)
-    finally:
-        detach(model)
-    assert len(masks) == 2 * model.config.num_hidden_layers and masks.count(None) == len(masks)
-
-
-def test_another_attention_set_later_gets_real_keys() -> None:
-    """`set_attn_implementation` after `attach`: what stands for keys in ours would be zeros to others."""
-    model = tiny("llama")
-    preset = preset_of("llama", model)
-    ids, mask = prompt(2, 60), torch.ones(2, 60, dtype=torch.long)
-    model.set_attn_implementation("eager")
-    expected = logits_of(model, preset, ids, mask, [1, 3])
-    attach(model)
-    try:
-        model.set_attn_implementation("eager")
-        got = logits_of(model, preset, ids, mask, [1, 3])
-    finally:
-        detach(model)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-
-
-def test_generate_from_embeddings() -> None:
-    """transformers cannot read embeddings in chunks."""
-    model = tiny("llama")
-    preset = preset_of("llama", model)
-    ids = prompt(1, 600)
-    common = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    given = {"inputs_embeds": model.get_input_embeddings()(ids).detach()}
-    outputs = []
-    for _ in range(2):
-        cache = CompressedDynamicCache.from_preset(preset, uncompressed_tail=8)
-        outputs.append(model.generate(**given, past_key_values=cache, **common))
-        attach(model)
+    assert (model.config.to_dict(), model.generation_config.to_dict()) == options
+    assert model.config._attn_implementation == "eager" and "generate" not in vars(model)
+    for module in model.modules():
+        changed = {name for name, value in vars(module).items() if before[id(module)][name] is not value}
+        assert changed <= ({"config"} if id(module) in touched else set())
     detach(model)
-    assert torch.equal(*outputs)
+    assert all(dict(vars(module)) == before[id(module)] for module in model.modules())
 
 
-def test_gradients_of_the_newest_tokens_survive() -> None:
-    model = tiny("llama")
-    cache = CompressedDynamicCache.from_preset(preset_of("llama", model), uncompressed_tail=8)
-    attach(model)
-    try:
-        with torch.no_grad():
-            model(input_ids=prompt(1, 50), past_key_values=cache, use_cache=True)
-        model(input_ids=prompt(1, 1), past_key_values=cache, use_cache=True).logits.sum().backward()
-    finally:
-        detach(model)
-    gradient = model.model.layers[0].self_attn.q_proj.weight.grad
-    assert gradient is not None and gradient.abs().max() > 0
+def _reloaded(model: PreTrainedModel) -> PreTrainedModel:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
-def test_unknown_architectures_are_refused() -> None:
-    with pytest.raises(ModelError, match="gpt2"):
-        attach(tiny("gpt2"))
-
-
-def test_assisted_decoding_still_packs_its_tail() -> None:
-    model = tiny("llama")
-    cache = CompressedDynamicCache.from_preset(preset_of("llama", model), uncompressed_tail=8)
-    attach(model)
-    try:
-        model.generate(
-            input_ids=prompt(1, 50),
-            past_key_values=cache,
-            max_new_tokens=40,
-            do_sample=False,
-            pad_token_id=0,
-            prompt_lookup_num_tokens=3,
-        )
-    finally:
-        detach(model)
-    # A tail of 8, a block of 8, and at most one round of candidates that might have been rolled back.
-    assert cache.get_memory_stats()["uncompressed_tokens"] <= 2 + 8 + 8 + 4
-
-
-@pytest.mark.parametrize("chosen", [{}, {"prefill_chunk_size": 32}, {"prefill_chunk_size": None}])
-def test_generate_reads_prompts_in_chunks(
-    monkeypatch: pytest.MonkeyPatch, chosen: dict[str, int | None]
+@pytest.mark.parametrize(
+    "again",
+    [copy.deepcopy, _reloaded, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["deepcopy", "torch.save", "pickle"],
+)
+def test_copies_are_attached_and_detach_by_themselves(
+    again: Callable[[PreTrainedModel], PreTrainedModel],
 ) -> None:
-    model = tiny("llama")
-    preset = preset_of("llama", model)
-    ids = prompt(1, 80)
-    common = {"input_ids": ids, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
-    monkeypatch.setattr("kvlathe.attachment.PREFILL_CHUNK_TOKENS", 24)
-    lengths: list[int] = []
-    hook = model.model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
-    attach(model)
-    try:
-        model.generate(
-            past_key_values=CompressedDynamicCache.from_preset(preset, uncompressed_tail=8),
-            **common,
-            **chosen,
-        )
-        ours = lengths.copy()
-        lengths.clear()
-        model.generate(**common)
-        stock = lengths.copy()
-        lengths.clear()
-        model.generate(use_cache=False, **common)
-    finally:
-        detach(model)
-        hook.remove()
-    expected = {24: [24, 24, 24, 8], 32: [32, 32, 16], None: [80]}[chosen.get("prefill_chunk_size", 24)]
-    assert ours[: len(expected)] == expected
-    assert stock[0] == 80 and lengths[0] == 80
-    assert "generate" not in vars(model)
-
-
-@pytest.mark.parametrize(("given", "expected"), [(32, {}), (None, {"prefill_chunk_size": 512})])
-def test_a_chunk_size_in_a_config_given_by_position_counts(
-    monkeypatch: pytest.MonkeyPatch, given: int | None, expected: dict[str, int]
-) -> None:
-    model = tiny("llama")
-    cache = CompressedDynamicCache.from_preset(preset_of("llama", model), uncompressed_tail=8)
-    seen: dict[str, object] = {}
-
-    def generate(self: object, inputs: object, generation_config: object, **kwargs: object) -> None:
-        seen.update(kwargs)
-
-    monkeypatch.setattr(type(model), "generate", generate)
-    attach(model).generate(prompt(1, 8), GenerationConfig(prefill_chunk_size=given), past_key_values=cache)
-    del seen["past_key_values"]
-    assert seen == expected
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
-@pytest.mark.filterwarnings("ignore::kvlathe.errors.UnverifiedPresetWarning")
-def test_chunked_prefill_expands_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny(name)
-    cache = CompressedDynamicCache.from_preset(preset_of(name, model), model=model, uncompressed_tail=8)
-    monkeypatch.setattr(
-        "kvlathe.cache.native_store.NativeStore._read", lambda *_, **__: pytest.fail("expanded")
-    )
-    attach(model).generate(
-        input_ids=prompt(1, 90),
-        past_key_values=cache,
-        max_new_tokens=3,
-        pad_token_id=0,
-        prefill_chunk_size=30,
-    )
-    assert cache.get_seq_length() == 92
-
-
-def test_a_copy_of_an_attached_model_generates_by_itself() -> None:
-    model = attach(tiny("llama"))
-    twin = copy.deepcopy(model)
-    assert twin.generate.__self__ is twin
+    model = attach(tiny("gemma2"))
+    twin = again(model)
+    assert is_attached(twin) and _expanded_layers(twin, "gemma2") == 0
+    assert twin.model.layers[0].self_attn.config.config is twin.config
+    detach(twin)
+    assert not is_attached(twin) and is_attached(model)
+    attach(twin)
+    assert _expanded_layers(twin, "gemma2") == 0
     with torch.no_grad():
         twin.lm_head.weight.zero_()
-    out = twin.generate(input_ids=prompt(1, 20), max_new_tokens=2, do_sample=False, pad_token_id=0)
-    assert out[0, -1] == 0
+    assert not torch.equal(model.lm_head.weight, twin.lm_head.weight)
 
 
-def test_two_threads_generate_at_once() -> None:
-    model = attach(tiny("llama"))
-    preset = preset_of("llama", model)
+def test_another_process_loads_an_attached_model(tmp_path: Any) -> None:
+    """It has to import nothing of kvlathe's itself."""
+    model, path = attach(tiny("gemma2")), tmp_path / "model.pt"
+    torch.save(model, path)
+    program = (
+        f"import torch\nmodel = torch.load({str(path)!r}, weights_only=False)\n"
+        f"print(float(model(torch.arange(9)[None]).logits.sum()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = float(model(torch.arange(9)[None]).logits.sum())
+    assert float(done.stdout) == pytest.approx(expected, rel=1e-5)
 
-    def generate(seed: int) -> torch.Tensor:
-        cache = CompressedDynamicCache.from_preset(preset, uncompressed_tail=8)
+
+def test_what_is_saved_as_a_folder_knows_nothing_of_it(tmp_path: Any) -> None:
+    attach(tiny("gemma2")).save_pretrained(tmp_path)
+    assert "kvlathe" not in (tmp_path / "config.json").read_text()
+
+
+def test_threads_share_an_attached_model() -> None:
+    model = attach(tiny("gemma2"))
+
+    def generate(seed: int) -> Tensor:
+        cache = compressed_cache("gemma2")
         return model.generate(
-            input_ids=prompt(1, 60 + seed),
-            past_key_values=cache,
-            max_new_tokens=40,
-            do_sample=False,
-            pad_token_id=0,
+            tokens(60 + seed, seed), past_key_values=cache, max_new_tokens=20, do_sample=False, pad_token_id=0
         )
 
     alone = [generate(seed) for seed in range(4)]
@@ -419,31 +186,106 @@ def test_two_threads_generate_at_once() -> None:
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_attention_works_in_a_forked_child() -> None:
-    model = attach(tiny("llama"))
-    cache = CompressedDynamicCache.from_preset(preset_of("llama", model), uncompressed_tail=8)
-    # Wide enough to be worth several threads.
-    keys = torch.randn(1, *cache_shape(model, 4000))
-    cache.update(keys, keys, 0)
-    queries = torch.randn(1, model.config.num_attention_heads, 1, keys.shape[-1])
-    expected = cache.layers[0].attend(queries, mask=None, scaling=0.3)
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            got = cache.layers[0].attend(queries, mask=None, scaling=0.3)
-            os.write(writer, b"y" if torch.equal(got, expected) else b"n")
-        finally:
-            os._exit(0)
-    os.close(writer)
-    ready, _, _ = select.select([reader], [], [], 60)
-    if not ready:
-        os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    assert ready and os.read(reader, 1) == b"y"
+def test_attention_weights_are_those_of_eager_attention() -> None:
+    model = tiny("gemma2")
+    caches = [compressed_cache("gemma2") for _ in range(2)]
+    outputs = []
+    for attached, cache in enumerate(caches):
+        if attached:
+            attach(model)
+        _forward(model, cache, tokens(60))
+        outputs.append(_forward(model, cache, tokens(3), output_attentions=True))
+    assert all(weights is not None for weights in outputs[1].attentions) and len(outputs[1].attentions) == 2
+    for expected, got in zip(outputs[0].attentions, outputs[1].attentions, strict=True):
+        assert torch.equal(got, expected)
 
 
-def cache_shape(model: PreTrainedModel, n_tokens: int) -> tuple[int, int, int]:
-    config = model.config
-    return config.num_key_value_heads, n_tokens, config.hidden_size // config.num_attention_heads
+def test_gradients_flow_as_in_eager_attention() -> None:
+    gradients = []
+    for attached in (False, True):
+        model, cache = tiny("gemma2"), compressed_cache("gemma2")
+        if attached:
+            attach(model)
+        _forward(model, cache, tokens(60))
+        model(input_ids=tokens(5), past_key_values=cache).logits.square().mean().backward()
+        gradients.append(model.model.layers[0].self_attn.q_proj.weight.grad)
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(*gradients)
+
+
+def test_another_attention_set_later_wins() -> None:
+    """`set_attn_implementation` in mid-life: whatever it names gets its keys."""
+    model = attach(tiny("llama", attn_implementation="eager"))
+    assert _expanded_layers(model, "llama") == 0
+    model.set_attn_implementation("sdpa")
+    assert model.model.layers[0].self_attn.config._attn_implementation == "sdpa"
+    assert _expanded_layers(model, "llama") == 0
+    names = []
+
+    def noting(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        names.append(type(module).__name__)
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register("noting", noting)
+    AttentionMaskInterface.register("noting", sdpa_mask)
+    model.set_attn_implementation("noting")
+    assert _expanded_layers(model, "llama") == 0 and names == ["LlamaAttention"] * 4
+
+
+def test_a_users_own_attention_is_left_alone() -> None:
+    def halved(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return sdpa_attention_forward(module, query * 0.5, *args, **kwargs)
+
+    AttentionInterface.register("halved", halved)
+    AttentionMaskInterface.register("halved", sdpa_mask)
+    model = tiny("llama", attn_implementation="halved")
+    expected = _forward(model, None, tokens(50)).logits
+    with pytest.warns(AttachWarning, match="halved"):
+        attach(model)
+    assert torch.equal(_forward(model, None, tokens(50)).logits, expected)
+    # It is served from the blocks as well, as far as it goes through SDPA.
+    assert _expanded_layers(model, "llama") == 0
+
+
+def _squared(
+    eager: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+) -> Any:
+    out, weights = eager(module, query, key, value, mask, **kwargs)
+    return out.square(), weights
+
+
+def _sharper(
+    eager: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+) -> Any:
+    return eager(module, 1.05 * query, key, value, mask, **kwargs)
+
+
+def _nearer(
+    eager: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+) -> Any:
+    """A window that no mask tells of."""
+    hidden = torch.zeros(key.shape[2], dtype=query.dtype)
+    hidden[:-40] = torch.finfo(query.dtype).min / 2
+    return eager(module, query, key, value, hidden if mask is None else mask + hidden, **kwargs)
+
+
+@pytest.mark.parametrize("other", [_squared, _sharper, _nearer])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_eager_function_of_another_kind_is_not_replaced(
+    other: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried with random tokens before it is taken for softmax attention."""
+    import transformers.models.llama.modeling_llama as modeling
+
+    eager = modeling.eager_attention_forward
+    model = attach(tiny("llama", attn_implementation="eager").to(dtype))
+    caches = [CompressedDynamicCache.from_preset(preset_of("llama"), model=model) for _ in range(2)]
+    with monkeypatch.context() as patched:
+        patched.setattr(modeling, "eager_attention_forward", functools.partial(other, eager))
+        for attached, cache in zip((True, False), caches, strict=True):
+            (attach if attached else detach)(model)
+            _forward(model, cache, tokens(60))
+        with pytest.warns(ExpandedWarning):
+            got = _forward(attach(model), caches[0], tokens(1)).logits
+        expected = _forward(detach(model), caches[1], tokens(1)).logits
+    assert torch.equal(got, expected)

@@ -180,14 +180,15 @@ def test_a_fingerprint_mismatch() -> None:
     preset = preset_of("llama")
     for other in (
         model_of("qwen2"),
-        model_of("llama", vocab_size=160),
         model_of("llama", num_hidden_layers=3),
+        model_of("llama", intermediate_size=112),
     ):
         with pytest.raises(PresetError, match="tiny llama") as caught:
             CompressedDynamicCache.from_preset(preset, model=other)
         assert "fingerprint" in str(caught.value)
     CompressedDynamicCache.from_preset(preset, model=model_of("llama"))
     CompressedDynamicCache.from_preset(preset, model=model_of("llama", seed=5))  # fine-tuned, say
+    CompressedDynamicCache.from_preset(preset, model=model_of("llama", vocab_size=160))  # with more tokens
 
 
 def test_a_model_with_more_layers_than_the_cache() -> None:
@@ -309,7 +310,7 @@ def test_malformed_seed_json(tmp_path: Path, keys: tuple[Any, ...], value: Any, 
 @pytest.mark.parametrize(
     ("keys", "value", "mentions"),
     [
-        (("format_version",), 3, ["format version 3", "upgrade"]),
+        (("format_version",), 5, ["format version 5", "upgrade"]),
         (("format_version",), ..., ["format_version"]),
         (("n_kv_heads",), 3, ["n_kv_heads", "3"]),
         (("block_len",), 24, ["block_len", "24"]),
@@ -655,7 +656,7 @@ def test_a_positive_crop(filled: CompressedDynamicCache, n: int) -> None:
 @pytest.mark.parametrize("rows", [[2], [-3], [0, 5]])
 def test_rows_that_do_not_exist(filled: CompressedDynamicCache, rows: list[int]) -> None:
     before = _snapshot(filled)
-    with pytest.raises(ShapeError, match=r"batch index.*2"):
+    with pytest.raises(ShapeError, match=r"rows \[.*the cache holds 2"):
         filled.reorder_cache(torch.tensor(rows))
     _assert_unchanged(filled, before)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kvlathe import CalibrationOptions, CompressedDynamicCache, Evaluator, calibrate
+from kvlathe.calibration.quality import coders
 from kvlathe.errors import CalibrationError
-from kvlathe.evaluation import coders
 from tiny_models import VOCAB, tiny
 
 OPTIONS = {"block_len": 8, "tail": 16, "n_sinks": 2}

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from kvlathe import Preset
-from kvlathe.cli import main, tune_main
+from kvlathe.cli import main
+from kvlathe.legacy.auto_tune import tune_main
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "auto_tune_kv_compression.py"
 

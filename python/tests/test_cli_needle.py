@@ -10,9 +10,9 @@ import pytest
 
 from cache_helpers import preset_of
 from kvlathe import CalibrationOptions, calibrate, corpus_from_files, load_model
+from kvlathe.calibration.text.token_windows import windows
 from kvlathe.cli import main
-from kvlathe.retrieval import CodedHolder
-from kvlathe.token_windows import windows
+from kvlathe.lab.retrieval import CodedHolder
 
 
 @pytest.fixture(scope="module")

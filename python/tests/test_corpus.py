@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from kvlathe.corpus import Corpus, Document, corpus_from_files, default_corpus, halves
+from kvlathe.calibration.text.corpus import Corpus, Document, corpus_from_files, default_corpus, halves
+from kvlathe.calibration.text.token_windows import windows
 from kvlathe.errors import CorpusError
-from kvlathe.token_windows import windows
 
 
 class CharTokenizer:

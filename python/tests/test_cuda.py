@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from cache_helpers import TAIL, compressed_cache, model_of, preset_of, stream_compressor, tokens
-from kvlathe import CompressedDynamicCache, DeviceError, Preset, attach, calibrate, detach
+from cache_helpers import TAIL, compressed_cache, expanded, model_of, preset_of, stream_compressor, tokens
+from kvlathe import CompressedDynamicCache, DeviceError, Preset, calibrate
 from kvlathe.calibration import CalibrationOptions
 from kvlathe.preset import Side
 
@@ -56,16 +57,15 @@ def test_logits_are_those_of_the_cpu(name: str) -> None:
 
 @pytest.mark.parametrize("n_beams", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_generate_with_and_without_attach(dtype: torch.dtype, n_beams: int) -> None:
+def test_generate_with_and_without_lazy_keys(dtype: torch.dtype, n_beams: int) -> None:
     model, prompt = _on_gpu("llama", dtype), tokens(60, batch=2).cuda()
     asked = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False, "num_beams": n_beams}
     plain, cache = (compressed_cache("llama") for _ in range(2))
-    expected = model.generate(prompt, past_key_values=plain, **asked)
-    attach(model)
+    with expanded():
+        expected = model.generate(prompt, past_key_values=plain, **asked)
     got = model.generate(prompt, past_key_values=cache, **asked)
-    detach(model)
     assert expected.shape == got.shape == (2, 90)
-    # No native attention there: the same dense one, whether attached or not.
+    # No native attention there: the same dense one.
     assert torch.equal(got, expected)
     assert cache.get_memory_stats()["compressed_tokens"] > 0
 
@@ -81,6 +81,21 @@ def test_a_copy_and_a_crop_leave_what_was_there() -> None:
         assert torch.equal(model(input_ids=more, past_key_values=twin).logits, expected)
     cache.crop(-20)
     assert cache.get_seq_length() == 133
+
+
+@pytest.mark.parametrize("way", ["to the CPU", "to the GPU"])
+def test_a_saved_cache_goes_on_where_it_is_loaded_to(way: str, tmp_path: Path) -> None:
+    models = [model_of("llama"), _on_gpu("llama")]
+    origin, target = models if way == "to the GPU" else models[::-1]
+    device = origin.device.type
+    cache = CompressedDynamicCache.from_preset(preset_of("llama"), uncompressed_tail=TAIL, device=device)
+    _logits(origin, cache)
+    torch.save(cache, tmp_path / "cache.pt")
+    twin = torch.load(tmp_path / "cache.pt", map_location=target.device)
+    n_coded = cache.get_memory_stats()["compressed_tokens"]
+    assert twin.get_memory_stats()["compressed_tokens"] == n_coded > 0
+    expected, got = (_logits(model, each, 40) for model, each in ((origin, cache), (target, twin)))
+    assert float((got - expected).abs().max()) < 0.02 * float(expected.abs().max())
 
 
 def test_a_model_elsewhere_is_refused() -> None:

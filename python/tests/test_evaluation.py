@@ -19,10 +19,11 @@ from transformers.cache_utils import DynamicLayer
 from cache_helpers import TAIL, model_of, preset_of, random_kv, tokens
 from kvlathe import CompressedDynamicCache, Evaluator, KvlatheError, Preset
 from kvlathe._native import Preset as NativePreset
-from kvlathe.baselines.kivi import Kivi
-from kvlathe.baselines.turboquant import TurboQuant
+from kvlathe.calibration.rope_probe import ModelShape, probe_rope
 from kvlathe.errors import EvaluationError
-from kvlathe.evaluation import (
+from kvlathe.lab.baselines.kivi import Kivi
+from kvlathe.lab.baselines.turboquant import TurboQuant
+from kvlathe.lab.evaluation import (
     Method,
     PresetMethod,
     Result,
@@ -34,12 +35,11 @@ from kvlathe.evaluation import (
     evaluate,
     interval,
 )
-from kvlathe.evaluation.plots import PLOTS, svg
-from kvlathe.evaluation.report import html_report
-from kvlathe.evaluation.run import make_setting, model_digest
-from kvlathe.evaluation.table import COLUMNS, markdown
+from kvlathe.lab.evaluation.plots import PLOTS, svg
+from kvlathe.lab.evaluation.report import html_report
+from kvlathe.lab.evaluation.run import make_setting, model_digest
+from kvlathe.lab.evaluation.table import COLUMNS, markdown
 from kvlathe.preset import Side
-from kvlathe.rope_probe import ModelShape, probe_rope
 
 N_SINKS = 4
 
@@ -296,7 +296,7 @@ def test_another_attention_or_another_transformers_is_another_model(monkeypatch:
     digests.append(model_digest(model))
     model.set_attn_implementation(before)
     assert model_digest(model) == digests[0]
-    monkeypatch.setattr("kvlathe.evaluation.run.transformers.__version__", "0.0")
+    monkeypatch.setattr("kvlathe.lab.evaluation.run.transformers.__version__", "0.0")
     digests.append(model_digest(model))
     assert len(set(digests)) == 3
 

@@ -8,10 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvlathe.calibration.fisher import (
+    _sampled_gradient,
+    fisher_pass,
+    gradient_free_pass,
+    layer_output_metric,
+    output_projection_metric,
+)
+from kvlathe.calibration.layer_probe import held_layers
+from kvlathe.calibration.quality.two_sided import TwoSidedPlan
 from kvlathe.errors import CalibrationError, ModelError, NonFiniteError, ShapeError
-from kvlathe.fisher import _sampled_gradient, fisher_pass, gradient_free_pass, output_projection_metric
 from kvlathe.model_loading import attention_modules
-from kvlathe.two_sided import TwoSidedPlan
 from tiny_models import TINY_NAMES, VOCAB, tiny
 
 IDS = torch.randint(3, VOCAB, (1, 40), generator=torch.Generator().manual_seed(1))
@@ -147,12 +154,13 @@ def test_gradient_free_pass_shows_what_attention_sees(name: str) -> None:
 @pytest.mark.parametrize("name", TINY_NAMES)
 def test_output_projection_metric_measures_the_module(name: str) -> None:
     """An error e in a KV head's value reaches head h's output as W_h e: run the projection and compare."""
-    model = tiny(name).double()
+    model = tiny(name)
     config = model.config
     n_heads = config.num_attention_heads
     n_kv = getattr(config, "num_key_value_heads", n_heads)
-    metric = output_projection_metric(model, 1)
-    module = attention_modules(model)[1]
+    # Found in float32, the one format that experts take.
+    layer = held_layers(model)[1]
+    metric, module = layer_output_metric(model.double(), layer), layer.module
     project = getattr(module, "o_proj", None) or getattr(module, "c_proj", None) or module.dense
     dim = metric.shape[-1]
     assert metric.shape == (n_kv, dim, dim)

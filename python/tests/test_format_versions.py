@@ -1,4 +1,4 @@
-"""Presets of version 1 of the format stay readable; they become presets of today's blocks."""
+"""Presets of versions 1 and 2 of the format stay readable; they become presets of today's blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from cache_helpers import model_of, preset_of, random_kv
-from kvlathe import CompressedDynamicCache, Preset, StreamSetCompressor, UnverifiedPresetWarning
+from kvlathe import (
+    CompressedDynamicCache,
+    Preset,
+    PresetError,
+    StreamSetCompressor,
+    UnverifiedPresetWarning,
+)
 from kvlathe._native import Preset as NativePreset
 from kvlathe.preset import Side
 
@@ -31,7 +37,7 @@ def test_version_1_is_readable(tmp_path: Path, extension: str) -> None:
     assert b'"format_version":1' in path.read_bytes().replace(b"\\", b"")
     preset = Preset.load(path)
     lathe = preset.meta["kvlathe"]
-    assert lathe["format_version"] == 2
+    assert lathe["format_version"] == 3
     # Measured were blocks of version 1.
     assert lathe["measured"] == {}
     assert lathe["calibration"]["n_tokens"] == 65536
@@ -52,6 +58,26 @@ def test_version_1_is_readable(tmp_path: Path, extension: str) -> None:
     preset.save(again)
     assert Preset.load(again).meta == preset.meta
     assert Preset.load(again).native.to_safetensors() == preset.native.to_safetensors()
+    assert Preset.load(again).digest == preset.digest
+
+
+@pytest.mark.parametrize("extension", ["json", "safetensors"])
+def test_version_2_keeps_all_that_it_says(extension: str) -> None:
+    path = GOLDEN / f"lathe-v2.{extension}"
+    assert b'"format_version":2' in path.read_bytes().replace(b"\\", b"")
+    old, new = Preset.load(path), Preset.load(GOLDEN / f"lathe-v3.{extension}")
+    assert old.meta["kvlathe"]["format_version"] == 3
+    assert old.meta["kvlathe"]["measured"]["kld"] == 0.0014
+    assert old.meta == new.meta
+    assert old.digest == new.digest
+    assert old.native.to_safetensors() == new.native.to_safetensors()
+
+
+def test_a_version_to_come_is_refused() -> None:
+    content = json.loads((GOLDEN / "lathe-v3.json").read_text(encoding="utf-8"))
+    content["kvlathe"].update(format_version=5)
+    with pytest.raises(PresetError, match="format version 5 and this library reads up to 4; upgrade kvlathe"):
+        NativePreset.from_bytes(json.dumps(content).encode())
 
 
 def test_a_calibration_of_version_1_can_be_moved_to_another_rate() -> None:
@@ -75,21 +101,23 @@ def test_a_preset_of_version_1_says_that_nothing_is_known_of_it(monkeypatch: pyt
     with pytest.warns(UnverifiedPresetWarning, match=r"never verified at 5\.1\d bits"):
         cache = CompressedDynamicCache.from_preset(preset, model=model_of("llama"))
     cache.update(*random_kv(40), 0)
-    # In version 2 the record holds.
-    content["kvlathe"].update(format_version=2)
-    assert (
-        Preset(NativePreset.from_bytes(json.dumps(content).encode())).meta["kvlathe"]["measured"]["kld"]
-        == 0.01
-    )
+    # From version 2 on the record holds.
+    for version in (2, 3):
+        content["kvlathe"].update(format_version=version)
+        preset = Preset(NativePreset.from_bytes(json.dumps(content).encode()))
+        assert preset.meta["kvlathe"]["measured"]["kld"] == 0.01
 
 
 def test_equal_codecs_whatever_the_version() -> None:
-    """Transforms and widths of a preset of version 1 are taken as they are."""
+    """Transforms and widths of older presets are taken as they are."""
     content = json.loads(preset_of("llama", 4.0).native.to_json())
     texts = []
-    for version in (1, 2):
+    for version in (1, 2, 3):
         content["kvlathe"].update(format_version=version)
         texts.append(json.dumps(content).encode())
-    old, new = (StreamSetCompressor(Preset(NativePreset.from_bytes(t)).codec(0, "key")) for t in texts)
+    presets = [Preset(NativePreset.from_bytes(text)) for text in texts]
+    assert len({preset.digest for preset in presets}) == 1
+    first, second, third = (StreamSetCompressor(preset.codec(0, "key")) for preset in presets)
     x = random_kv(64)[0]
-    assert torch.equal(old.compress(x, 4), new.compress(x, 4))
+    assert torch.equal(first.compress(x, 4), third.compress(x, 4))
+    assert torch.equal(second.compress(x, 4), third.compress(x, 4))

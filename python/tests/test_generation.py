@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from cache_helpers import TAIL, compressed_cache, identity_cache, low_rank, model_of, random_kv, tokens
 from kvlathe import CompressedDynamicCache, IdentityCompressor, Preset, StreamSetCompressor
-from kvlathe.evaluation import Evaluator, coders
+from kvlathe.calibration.quality import Evaluator, coders
 from kvlathe.model_loading import LoadedModel
 
 # One of each kind: half-split RoPE, sliding window, no RoPE, interleaved and partial RoPE.

@@ -12,7 +12,7 @@ from transformers import modeling_gguf_pytorch_utils
 import kvlathe.model_loading as loading
 from kvlathe.errors import ModelError
 from kvlathe.model_loading import attention_modules, cache_folder, check_supported, convert_gguf, load_model
-from tiny_models import TINY_NAMES, tiny
+from tiny_models import PARTLY_CODED, TINY_NAMES, tiny
 
 
 @pytest.fixture
@@ -168,40 +168,50 @@ def test_supported_models(name: str) -> None:
 
 
 def _small(config: str, model: str, **settings: object) -> transformers.PreTrainedModel:
-    with torch.device("meta"):
-        return getattr(transformers, model)(getattr(transformers, config)(**settings))
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, **settings}
+    return getattr(transformers, model)(getattr(transformers, config)(**sizes))
 
 
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
+        (lambda: tiny("t5"), "encoder-decoder"),
+        (lambda: tiny("deepseek_v3"), "latent attention"),
+        (lambda: _small("MambaConfig", "MambaForCausalLM", state_size=4), "no keys and values to a cache"),
         (
-            lambda: _small("T5Config", "T5ForConditionalGeneration", vocab_size=64, num_layers=1),
-            "encoder-decoder",
+            lambda: _small(
+                "BertConfig", "BertModel", intermediate_size=32, num_attention_heads=2, bos_token_id=1
+            ),
+            "not causal",
         ),
         (
-            lambda: _small("DeepseekV3Config", "DeepseekV3ForCausalLM", vocab_size=64, num_hidden_layers=1),
-            "latent attention",
+            lambda: tiny("lfm2", layer_types=["conv"] * 2),
+            "no keys and values to a cache|with a cache of keys and values",
         ),
-        (
-            lambda: _small("Qwen3NextConfig", "Qwen3NextForCausalLM", vocab_size=64, num_hidden_layers=4),
-            "linear_attention",
-        ),
-        (
-            lambda: _small("MambaConfig", "MambaForCausalLM", vocab_size=64, num_hidden_layers=1),
-            "linear|Mamba|0 of 1",
-        ),
-        (
-            lambda: _small("JambaConfig", "JambaForCausalLM", vocab_size=64, num_hidden_layers=8),
-            "linear|Mamba",
-        ),
-        (lambda: _small("BertConfig", "BertModel", vocab_size=64, num_hidden_layers=1), "encoder|0 of 1"),
     ],
-    ids=["t5", "deepseek_v3", "qwen3_next", "mamba", "jamba", "bert"],
+    ids=["t5", "deepseek_v3", "mamba", "bert", "convolutions"],
 )
 def test_unsupported_models_are_refused_with_the_reason(build: object, reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
         check_supported(build())  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", PARTLY_CODED)
+def test_layers_with_keys_and_values_are_found_by_a_pass(name: str) -> None:
+    model = tiny(name)
+    check_supported(model)
+    kinds = {
+        "gemma3n": [0, 1, 2],
+        "gemma4": [0, 1, 2],
+        "falcon_h1": [0, 1],
+        "nemotron_h": [2],
+        "zamba2": [1, 3],
+    }
+    modules = attention_modules(model)
+    assert list(modules) == kinds.get(name, [1])
+    assert all("Attention" in type(module).__name__ for module in modules.values())
+    # Nothing is left behind on the model.
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.slow_model

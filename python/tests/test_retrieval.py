@@ -15,15 +15,15 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from cache_helpers import TAIL, model_of, preset_of, tokens
-from kvlathe import CorpusError, attach, corpus_from_files, detach
+from kvlathe import CorpusError, attach, corpus_from_files
 from kvlathe.attachment import is_attached
-from kvlathe.baselines.baseline import Baseline
-from kvlathe.baselines.kivi import Kivi
-from kvlathe.baselines.llama_cpp import LlamaCpp
+from kvlathe.calibration.rope_probe import ModelShape, probe_rope
 from kvlathe.errors import EvaluationError
-from kvlathe.evaluation.plots import svg
-from kvlathe.preset import Side
-from kvlathe.retrieval import (
+from kvlathe.lab.baselines.baseline import Baseline
+from kvlathe.lab.baselines.kivi import Kivi
+from kvlathe.lab.baselines.llama_cpp import LlamaCpp
+from kvlathe.lab.evaluation.plots import svg
+from kvlathe.lab.retrieval import (
     KINDS,
     CodedHolder,
     ExactHolder,
@@ -37,12 +37,13 @@ from kvlathe.retrieval import (
     make_prompts,
     search,
 )
-from kvlathe.retrieval.needle import kinds_named
-from kvlathe.retrieval.plots import PLOTS
-from kvlathe.retrieval.report import html_report
-from kvlathe.retrieval.run import make_setting
-from kvlathe.retrieval.table import markdown, rows_by_kind, rows_by_length
-from kvlathe.rope_probe import ModelShape, probe_rope
+from kvlathe.lab.retrieval.needle import kinds_named
+from kvlathe.lab.retrieval.plots import PLOTS
+from kvlathe.lab.retrieval.report import html_report
+from kvlathe.lab.retrieval.run import make_setting
+from kvlathe.lab.retrieval.table import markdown, rows_by_kind, rows_by_length
+from kvlathe.preset import Side
+from tiny_models import tiny
 
 N_SINKS = 4
 CHAT = "{% for m in messages %}<{{ m.role }}>\n{{ m.content | trim }}\n{% endfor %}<reply>\n"
@@ -318,16 +319,15 @@ def test_the_tail_can_hold_everything(tmp_path: Path) -> None:
 
 
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
-    model = model_of("llama")
-    assert not is_attached(model)
-    run(tmp_path / "trials.jsonl", [prompt_of(40)], PresetHolder(preset_of("llama", 3.0), shape(), TAIL))
-    assert not is_attached(model)
-    attach(model)
-    try:
-        run(tmp_path / "trials.jsonl", [prompt_of(41)], ExactHolder())
-        assert is_attached(model)
-    finally:
-        detach(model)
+    model = tiny("llama", attn_implementation="eager")
+    holder = PresetHolder(preset_of("llama", 3.0), shape(), TAIL)
+    for attached in (False, True):
+        if attached:
+            attach(model)
+        list(
+            search(model, [prompt_of(40 + attached)], [holder], setting(), Trials(tmp_path / "trials.jsonl"))
+        )
+        assert is_attached(model) == attached
 
 
 # Runs
@@ -363,7 +363,6 @@ def test_an_interruption_keeps_trials(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run(path, [prompt_of()], ExactHolder(), coded(Spoiled(interrupted)))
-    assert not is_attached(model_of("llama"))
     with path.open("a") as file:
         file.write('{"key": "cut sho')
     assert [trial.name for trial in run(path, [prompt_of()], ExactHolder(), coded(Spoiled()))] == [

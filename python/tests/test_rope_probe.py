@@ -7,9 +7,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from kvlathe._rope_frequencies import unwrapped_rate
+from kvlathe.calibration.rope_frequencies import unwrapped_rate
+from kvlathe.calibration.rope_probe import ModelShape, RopeProbe, probe_rope, rotate
 from kvlathe.errors import ModelError
-from kvlathe.rope_probe import ModelShape, RopeProbe, probe_rope, rotate
 from tiny_models import tiny
 
 # name -> (pairing, rotary_dim) per layer, None = not rotated
@@ -142,14 +142,17 @@ def test_a_short_model_is_probed_within_its_positions() -> None:
     assert _summary(probe_rope(tiny("llama", max_position_embeddings=100)).ropes) == EXPECTED["llama"]
 
 
-def test_keys_and_values_of_different_sizes_are_refused() -> None:
+def test_layers_of_different_sizes() -> None:
     model = tiny("llama")
     attention = model.model.layers[1].self_attn
     attention.v_proj = torch.nn.Linear(64, 64, bias=False)  # 4 value heads instead of 2
     attention.k_proj = torch.nn.Linear(64, 64, bias=False)
     attention.num_key_value_groups = 1
-    with pytest.raises(ModelError, match="layers differ"):
-        probe_rope(model)
+    result = probe_rope(model)
+    assert [layer.sizes for layer in result.layers if layer is not None] == [(2, 16, 16), (4, 16, 16)]
+    assert _summary(result.ropes) == EXPECTED["llama"]
+    with pytest.raises(ModelError, match="differ"):
+        _ = result.shape
 
 
 @pytest.mark.parametrize("pairing", ["half_split", "interleaved"])

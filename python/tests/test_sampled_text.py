@@ -10,9 +10,9 @@ from transformers import GenerationConfig
 
 from cache_helpers import model_of
 from kvlathe import CalibrationOptions, CorpusError, TuneOptions
-from kvlathe.corpus import Corpus, Document
-from kvlathe.sampled_text import sampled_windows
-from kvlathe.tuning import calibrate_on
+from kvlathe.calibration.text.corpus import Corpus, Document
+from kvlathe.calibration.text.sampled_text import sampled_windows
+from kvlathe.calibration.tuning import calibrate_on
 from tiny_models import VOCAB
 
 

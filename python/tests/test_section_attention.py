@@ -8,13 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cache_helpers import compressed_cache, model_of, random_kv, stream_compressor, tokens
-from kvlathe import attach, detach
-from kvlathe.cache import section_attention
-from kvlathe.cache.layer_store import Policy
-from kvlathe.cache.native_store import NativeStore
-from kvlathe.cache.stores import make_store
+from cache_helpers import compressed_cache, expanded, model_of, random_kv, stream_compressor, tokens
 from kvlathe.errors import CacheStateError
+from kvlathe.stores import Policy, make_store, sections
+from kvlathe.stores.native import NativeStore
 
 HEADS, DIM = 2, 16
 SCALING = DIM**-0.5
@@ -23,11 +20,11 @@ SCALING = DIM**-0.5
 @pytest.fixture(autouse=True)
 def short_sections(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sections that cut blocks, and several of them in a short text; on every processor, from one query on."""
-    monkeypatch.setattr(section_attention, "_MOST_TOKENS", 21)
-    monkeypatch.setattr(section_attention, "_LEAST_TOKENS", 13)
-    monkeypatch.setattr(section_attention, "_MOST_SCORES", 400)
-    monkeypatch.setattr(section_attention, "_MIN_QUERIES", 1)
-    monkeypatch.setattr(section_attention, "on_amx", lambda: True)
+    monkeypatch.setattr(sections, "_MOST_TOKENS", 21)
+    monkeypatch.setattr(sections, "_LEAST_TOKENS", 13)
+    monkeypatch.setattr(sections, "_MOST_SCORES", 400)
+    monkeypatch.setattr(sections, "_MIN_QUERIES", 1)
+    monkeypatch.setattr(sections, "on_amx", lambda: True)
 
 
 def store_of(n_tokens: int, batch: int, dtype: torch.dtype) -> NativeStore:
@@ -51,13 +48,15 @@ def causal(n_queries: int, n_tokens: int) -> Tensor:
     return torch.ones(n_queries, n_tokens, dtype=torch.bool).tril(n_tokens - n_queries)[None, None]
 
 
-def dense(store: NativeStore, queries: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q·k·scaling)·v in float64, zeros where nothing is seen: [B, q, Hq, D]."""
-    keys, values = (states.double() for states in store.read())
+def dense(store: NativeStore, queries: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(q·k·scaling)·v in float64, zeros where nothing is seen: [B, q, Hq, D]; and the log of the sum."""
+    n_tokens = store.n_tokens
+    keys, values = (states.double() for states in store.read(0, n_tokens, n_tokens=n_tokens))
     group = queries.shape[1] // HEADS
     scores = SCALING * queries.double() @ keys.repeat_interleave(group, 1).mT
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0.0)
-    return (weights @ values.repeat_interleave(group, 1)).transpose(1, 2)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(-1).nan_to_num(0.0)
+    return (weights @ values.repeat_interleave(group, 1)).transpose(1, 2), scores.logsumexp(-1)
 
 
 @pytest.mark.parametrize("group", [1, 3, 7])
@@ -75,41 +74,37 @@ def test_it_is_attention(group: int, n_queries: int, n_tokens: int, mask: str) -
         seen = seen & (torch.arange(n_tokens) % 7 != 3)
         seen[..., n_queries // 2, :] = False
 
-    def read(first: int, end: int) -> tuple[Tensor, Tensor]:
-        keys, values = store.read()
-        return keys[:, :, first:end], values[:, :, first:end]
-
     given = None if mask == "none" else seen
-    got = section_attention.attend(
-        queries, read, n_tokens=n_tokens, n_kv_heads=HEADS, mask=given, scaling=SCALING
-    )
+    got, lse = sections.attend(store, queries, HEADS, n_tokens=n_tokens, mask=given, scaling=SCALING)
     assert got.is_contiguous() and got.dtype == queries.dtype
-    torch.testing.assert_close(got.double(), dense(store, queries, seen), atol=1e-5, rtol=1e-5)
+    expected, expected_lse = dense(store, queries, seen)
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
 
 
 def test_bfloat16_is_as_near_as_its_rounding() -> None:
     store = store_of(140, 2, torch.bfloat16)
     queries = queries_of(60, 2, 3, torch.bfloat16)
-    got = store.attend(queries, n_tokens=140, mask=None, scaling=SCALING)
-    expected = dense(store, queries, causal(60, 140))
+    got, _ = store.attend(queries, n_tokens=140, mask=None, scaling=SCALING)
+    expected, _ = dense(store, queries, causal(60, 140))
     # Keys and values are those of the cache to the bit; weights and sections are rounded to 8 bits.
     assert (got.double() - expected).abs().max() < 2**-7 * expected.abs().max()
 
 
 def test_it_serves_many_queries_in_bfloat16_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(section_attention, "_MIN_QUERIES", 12)
-    assert section_attention.pays(queries_of(4, 1, 3, torch.bfloat16), HEADS)
-    assert not section_attention.pays(queries_of(3, 1, 3, torch.bfloat16), HEADS)
-    assert not section_attention.pays(queries_of(4, 1, 3, torch.float32), HEADS)
-    assert not section_attention.pays(queries_of(4, 1, 3, torch.float16), HEADS)
+    monkeypatch.setattr(sections, "_MIN_QUERIES", 12)
+    assert sections.pays(queries_of(4, 1, 3, torch.bfloat16), HEADS)
+    assert not sections.pays(queries_of(3, 1, 3, torch.bfloat16), HEADS)
+    assert not sections.pays(queries_of(4, 1, 3, torch.float32), HEADS)
+    assert not sections.pays(queries_of(4, 1, 3, torch.float16), HEADS)
 
 
 def test_what_torch_has_no_kernel_for_goes_the_native_way(monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_of(90, 1, torch.bfloat16)
     queries = queries_of(20, 1, 2, torch.bfloat16)
-    monkeypatch.setattr(section_attention, "attend", lambda *_, **__: pytest.fail("not here"))
+    monkeypatch.setattr(sections, "attend", lambda *_, **__: pytest.fail("not here"))
     for option in ({"softcap": 20.0}, {"sink_scores": torch.zeros(2 * HEADS)}):
-        assert store.attend(queries, n_tokens=90, mask=None, scaling=SCALING, **option).isfinite().all()
+        assert store.attend(queries, n_tokens=90, mask=None, scaling=SCALING, **option).out.isfinite().all()
 
 
 def test_a_cache_that_changed_meanwhile_is_refused() -> None:
@@ -123,9 +118,9 @@ def test_a_forced_instruction_set_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
     for forced, expected in (("avx2", False), ("", torch.backends.mkldnn.is_available())):
         monkeypatch.setenv("KVLATHE_ISA", forced)
-        section_attention.on_amx.cache_clear()
-        assert section_attention.on_amx() is expected
-    section_attention.on_amx.cache_clear()
+        sections.on_amx.cache_clear()
+        assert sections.on_amx() is expected
+    sections.on_amx.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
@@ -137,9 +132,9 @@ def test_a_model_reads_its_prompt_through_it(
     model = copy.deepcopy(model_of(name)).to(torch.bfloat16)
     ids, mask = tokens(120, batch=2), torch.ones(2, 120, dtype=torch.long)
     mask[1, :padding] = 0
-    attend, calls = section_attention.attend, []
+    attend, calls = sections.attend, []
     monkeypatch.setattr(
-        section_attention, "attend", lambda *args, **kwargs: calls.append(1) or attend(*args, **kwargs)
+        sections, "attend", lambda *args, **kwargs: calls.append(1) or attend(*args, **kwargs)
     )
 
     @torch.no_grad()
@@ -157,13 +152,12 @@ def test_a_model_reads_its_prompt_through_it(
         ]
         return torch.cat(outputs, 1)
 
-    try:
+    with expanded():
         expected = logits()
-        assert not calls
-        attach(model)
-        got = logits()
-    finally:
-        detach(model)
+    assert not calls
+    got = logits()
     assert len(calls) == 2 * model.config.num_hidden_layers
-    got, expected = got[:, padding:], expected[:, padding:]
-    assert (got - expected).abs().max() < 0.05 * expected.abs().max()
+    got, expected = got[:, padding:].float(), expected[:, padding:].float()
+    # A code of bfloat16's rounding that falls to the other side moves single logits more than most.
+    assert (got - expected).norm() < 0.015 * expected.norm()
+    assert (got - expected).abs().max() < 0.1 * expected.abs().max()

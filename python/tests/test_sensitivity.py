@@ -9,10 +9,10 @@ import torch
 
 from cache_helpers import seed_preset, write_json
 from kvlathe import CalibrationOptions, CompressedDynamicCache, Evaluator, Preset, calibrate
+from kvlathe.calibration.quality import coders
+from kvlathe.calibration.replay import Replay
+from kvlathe.calibration.sensitivity import cost_factors
 from kvlathe.errors import CalibrationError, PresetError
-from kvlathe.evaluation import coders
-from kvlathe.replay import Replay
-from kvlathe.sensitivity import cost_factors
 from test_calibration import OPTIONS, random_windows
 from tiny_models import tiny
 

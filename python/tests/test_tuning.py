@@ -28,10 +28,11 @@ from kvlathe import (
     tune,
     verify,
 )
-from kvlathe.corpus import Document
+from kvlathe.calibration.quality import upper_bound
+from kvlathe.calibration.text.corpus import Document
+from kvlathe.calibration.tuning import CurvePoint, describe_budget, search_bits
+from kvlathe.calibration.tuning.search import verify_choice
 from kvlathe.errors import EvaluationError
-from kvlathe.evaluation import upper_bound
-from kvlathe.tuning import CurvePoint, _verify, describe_budget, search_bits
 from tiny_models import VOCAB
 
 # The grid of the search: multiples of 1/8 bit. Side information is 1.125 bits a value here (blocks of 8 tokens of 16
@@ -356,17 +357,17 @@ def test_a_promise_that_fails_on_other_text_costs_bits() -> None:
     """The search's choice is raised until the budget holds on the text kept for verification."""
     preset = preset_of("llama")
     best = _point(preset.with_bits(3.0).bits_per_value, True)
-    tuned, verified = _verify(
+    tuned, verified = verify_choice(
         preset, best, lambda p: _point(p.bits_per_value, p.bits_per_value > best.bits_per_value + 0.2)
     )
     assert verified.within
     assert tuned.bits_per_value == verified.bits_per_value
     assert best.bits_per_value + 0.2 < tuned.bits_per_value <= best.bits_per_value + 0.51
-    _, hopeless = _verify(preset, best, lambda p: _point(p.bits_per_value, False))
+    _, hopeless = verify_choice(preset, best, lambda p: _point(p.bits_per_value, False))
     assert not hopeless.within
     # There is no rate above eight bits a coefficient to raise it to.
     highest = preset.with_bits(8.0 + preset.side_bits_per_value).bits_per_value
-    tuned, _ = _verify(preset, _point(highest, True), lambda p: _point(p.bits_per_value, False))
+    tuned, _ = verify_choice(preset, _point(highest, True), lambda p: _point(p.bits_per_value, False))
     assert tuned.bits_per_value == highest
 
 

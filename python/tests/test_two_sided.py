@@ -4,14 +4,16 @@ queries."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
+from kvlathe.calibration.quality.two_sided import ATTENTION_NAME, TwoSidedPlan, two_sided, two_sided_attention
 from kvlathe.errors import CalibrationError, ModelError, ShapeError
-from kvlathe.two_sided import ATTENTION_NAME, TwoSidedPlan, two_sided, two_sided_attention
 from tiny_models import TINY_NAMES, VOCAB, tiny
 
 EAGER = {"gemma2", "gpt_oss"}  # SDPA leaves out their softcap or their sinks
@@ -191,9 +193,9 @@ def test_identity_coding_equals_the_stock_model(name: str) -> None:
     for attention_mask in (None, mask):
         kwargs: dict[str, Any] = {"input_ids": ids, "attention_mask": attention_mask, "use_cache": False}
         expected = model(**kwargs).logits
-        with two_sided(model, plan):
-            assert model.config._attn_implementation == ATTENTION_NAME
-            got = model(**kwargs).logits
+        with two_sided(model, plan) as inputs:
+            assert model.config._attn_implementation == (ATTENTION_NAME if name in EAGER else before)
+            got = model(**{**kwargs, **inputs()}).logits
         assert model.config._attn_implementation == before
         seen = mask.bool() if attention_mask is not None else slice(None)
         torch.testing.assert_close(got[seen], expected[seen], atol=2e-5, rtol=1e-5)
@@ -208,10 +210,10 @@ def test_the_old_attention_comes_back_after_an_error_and_plans_nest() -> None:
     seen: list[str] = []
     outer = TwoSidedPlan(4, 1, on_forward=lambda *args: seen.append("outer"))
     inner = TwoSidedPlan(4, 1, on_forward=lambda *args: seen.append("inner"))
-    with pytest.raises(RuntimeError, match="stop"), two_sided(model, outer):
-        with two_sided(model, inner):
-            model(ids, use_cache=False)
-        model(ids, use_cache=False)
+    with pytest.raises(RuntimeError, match="stop"), two_sided(model, outer) as of_outer:
+        with two_sided(model, inner) as of_inner:
+            model(ids, **of_inner())
+        model(ids, **of_outer())
         raise RuntimeError("stop")
     assert seen == ["inner"] * 2 + ["outer"] * 2
     assert model.config._attn_implementation == before
@@ -220,8 +222,6 @@ def test_the_old_attention_comes_back_after_an_error_and_plans_nest() -> None:
 
 
 def test_what_cannot_work_is_an_error() -> None:
-    import transformers
-
     q, k, v = _inputs()
     with pytest.raises(ShapeError, match="do not fit"):
         two_sided_attention(q[:, :5], k, v, TwoSidedPlan(), layer_idx=0)
@@ -234,11 +234,98 @@ def test_what_cannot_work_is_an_error() -> None:
     with pytest.raises(CalibrationError, match="not both"):
         TwoSidedPlan(on_backward=lambda *args: None, code_keys=lambda layer, x: x)
     model = tiny("gpt2").train()
-    with pytest.raises(CalibrationError, match="eval"), two_sided(model, TwoSidedPlan()):
-        model(torch.arange(3, 13)[None], use_cache=False)
+    with pytest.raises(CalibrationError, match="eval"), two_sided(model, TwoSidedPlan()) as inputs:
+        model(torch.arange(3, 13)[None], **inputs())
+
+
+def test_attention_by_another_function_is_named() -> None:
     config = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2)
+    model = transformers.BloomForCausalLM(config).eval()
     with (
-        pytest.raises(ModelError, match="attention interface"),
-        two_sided(transformers.BloomForCausalLM(config), TwoSidedPlan()),
+        pytest.raises(ModelError, match=r"'eager' and not by torch's .*attn_implementation='sdpa'"),
+        two_sided(model, TwoSidedPlan()) as inputs,
     ):
-        pass
+        model(torch.arange(3, 13)[None], **inputs())
+
+
+def _passes(
+    attention: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, plan: TwoSidedPlan
+) -> tuple[Tensor, ...]:
+    """One layer with this attention, under a plan: its output and the gradients of its inputs."""
+
+    class OneLayer(torch.nn.Module):
+        config = transformers.LlamaConfig(num_hidden_layers=1, attn_implementation="sdpa")
+
+        def forward(self, past_key_values: Any, use_cache: bool) -> Tensor:
+            return attention(q, *past_key_values.update(k, v, 0))
+
+    with two_sided(OneLayer(), plan) as inputs:  # type: ignore[arg-type]
+        out = OneLayer()(**inputs())
+    return out, *torch.autograd.grad(out.square().sum(), (q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("arrange", "repeated"),
+    [
+        ("interleaved", lambda x: x.repeat_interleave(2, 1)),
+        ("tiled", lambda x: x.repeat(1, 2, 1, 1)),
+        ("gqa", lambda x: x),
+    ],
+)
+def test_heads_are_found_however_they_are_repeated(
+    arrange: str, repeated: Callable[[Tensor], Tensor]
+) -> None:
+    q, k, v = (x.requires_grad_() for x in _inputs())
+    seen: list[tuple[Tensor, ...]] = []
+    plan = TwoSidedPlan(5, 2, on_backward=lambda layer, *rest: seen.append(rest))
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # An odd head's scores get something added, so that a mask goes with its head.
+        mask = torch.zeros(6, 23, 23, dtype=q.dtype)
+        mask[1::2] += torch.linspace(0, 1, 23, dtype=q.dtype)
+        hidden = torch.ones(23, 23, dtype=torch.bool).triu(1)
+        mask = mask.masked_fill(hidden, -math.inf)
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, repeated(k), repeated(v), mask, enable_gqa=arrange == "gqa"
+        )
+
+    got = _passes(attention, q, k, v, plan)
+    out = attention(q, k, v)
+    expected = out, *torch.autograd.grad(out.square().sum(), (q, k, v))
+    for given, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(given, wanted, atol=1e-10, rtol=1e-9)
+    ((_, _, dk_far, _),) = seen
+    assert dk_far.shape == k.shape and dk_far.abs().sum() > 0
+
+
+def test_a_layer_that_shares_keys_counts_for_their_owner() -> None:
+    """The far gradient is that of both readers, by autograd on a far copy of its own for all pairs."""
+    q, k, v = (x.requires_grad_() for x in _inputs())
+    seen: list[tuple[Tensor, ...]] = []
+    plan = TwoSidedPlan(0, 0, on_backward=lambda layer, *rest: seen.append((layer, *rest)))
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        own = sdpa(q, k, v, is_causal=True, enable_gqa=True)
+        return own + sdpa(own, k, v, is_causal=True, enable_gqa=True)
+
+    got = _passes(attention, q, k, v, plan)
+    out = attention(q, k, v)
+    expected = out, *torch.autograd.grad(out.square().sum(), (q, k, v))
+    for given, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(given, wanted, atol=1e-10, rtol=1e-9)
+    ((layer, _, _, dk_far, dv_far),) = seen
+    assert layer == 0
+    torch.testing.assert_close(dk_far, expected[2], atol=1e-10, rtol=1e-9)
+    torch.testing.assert_close(dv_far, expected[3], atol=1e-10, rtol=1e-9)
+
+
+def test_keys_that_are_changed_before_attention_are_refused() -> None:
+    q, k, v = (x.requires_grad_() for x in _inputs())
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        return sdpa(q, 2 * k, v, is_causal=True, enable_gqa=True)
+
+    with pytest.raises(ModelError, match="layer 0 is given other keys"):
+        _passes(attention, q, k, v, TwoSidedPlan())

@@ -14,10 +14,10 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from cache_helpers import low_rank, random_kv, stream_compressor
 from kvlathe import CompressedDynamicCache, IdentityCompressor
-from kvlathe.cache.layer_store import Policy
-from kvlathe.cache.window import WindowLayer
-from kvlathe.cache.window_store import TorchWindowStore, WindowStore
+from kvlathe.cache.layer import CompressedLayer
 from kvlathe.errors import ResourceError, RollbackError, ShapeError
+from kvlathe.stores import Policy, Store
+from kvlathe.stores.foreign import ForeignStore
 
 WINDOW = 60
 
@@ -57,17 +57,15 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-class _InTorch(WindowLayer):
-    def _new_store(self, key_states: Tensor, value_states: Tensor) -> WindowStore:
-        return TorchWindowStore(
-            self._k_compressor, self._v_compressor, self.policy, key_states, value_states, self.sliding_window
-        )
+class _InTorch(CompressedLayer):
+    def _new_store(self, key_states: Tensor, value_states: Tensor) -> Store:
+        return ForeignStore(self._k_compressor, self._v_compressor, self.policy, key_states, value_states)
 
 
-def make(kind: str, window: int = WINDOW, tail: int = 8) -> WindowLayer:
+def make(kind: str, window: int = WINDOW, tail: int = 8) -> CompressedLayer:
     compressor, _ = KINDS[kind]
-    layer = _InTorch if kind.endswith("in_torch") else WindowLayer
-    return layer(compressor("key"), compressor("value"), Policy(4, 0, tail), window)
+    layer = _InTorch if kind.endswith("in_torch") else CompressedLayer
+    return layer(compressor("key"), compressor("value"), Policy(4, 0, tail, window))
 
 
 def close(kind: str, given: Tensor, expected: Tensor) -> bool:
@@ -239,14 +237,11 @@ def test_a_step_that_memory_refuses_can_be_tried_again(
     twin = copy.deepcopy(layer)
     new = (keys[:, :, 100:], values[:, :, 100:])
 
-    def refuse(store: WindowStore) -> None:
-        if isinstance(store, TorchWindowStore):
-            # It had forgotten already.
-            store.forget()
+    def refuse(store: Store) -> None:
         raise ResourceError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(type(layer._store), "slide", refuse)
+        patched.setattr(type(layer._store), "settle", refuse)
         with pytest.raises(ResourceError):
             layer.update(*new)
     assert layer.get_seq_length() == 100

@@ -34,6 +34,13 @@ _LONGROPE = {
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 512}
 _TWO_TYPES = ["sliding_attention", "full_attention"] * 2
 
+_MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 16,
+}
+
 # name -> (config class, model class, settings that differ from _COMMON; None removes one)
 _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
@@ -179,6 +186,20 @@ _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
             "intermediate_size": [96] * 5,
         },
     ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        "Gemma4ForCausalLM",
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 1,
+            "sliding_window": 24,
+            "layer_types": _TWO_TYPES,
+            "per_layer_config": {1: {"head_dim": 32}, 3: {"head_dim": 32}},
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 8,
+        },
+    ),
     "deepseek_v3": (
         "DeepseekV3Config",
         "DeepseekV3ForCausalLM",
@@ -216,6 +237,73 @@ _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
             "mlp_only_layers": [0, 1],
         },
     ),
+    "qwen3_5": (
+        "Qwen3_5TextConfig",
+        "Qwen3_5ForCausalLM",
+        {
+            "head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+        },
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        "GraniteMoeHybridForCausalLM",
+        {
+            **_MAMBA,
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 96,
+        },
+    ),
+    "bamba": ("BambaConfig", "BambaForCausalLM", {**_MAMBA, "attn_layer_indices": [1]}),
+    "falcon_h1": ("FalconH1Config", "FalconH1ForCausalLM", {**_MAMBA, "mamba_d_ssm": 128}),
+    "jamba": (
+        "JambaConfig",
+        "JambaForCausalLM",
+        {
+            "mamba_d_state": 16,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+            "num_experts": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+        },
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        "NemotronHForCausalLM",
+        {
+            "head_dim": 16,
+            "num_hidden_layers": None,
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 16,
+            "n_groups": 1,
+            "n_routed_experts": 4,
+            "moe_intermediate_size": 32,
+            "moe_shared_expert_intermediate_size": 32,
+        },
+    ),
+    "zamba2": (
+        "Zamba2Config",
+        "Zamba2ForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "layers_block_type": ["linear_attention", "hybrid"] * 2,
+            "mamba_d_state": 16,
+            "n_mamba_heads": 4,
+            "mamba_headdim": 32,
+            "num_mem_blocks": 1,
+            "use_mem_rope": True,
+            "adapter_rank": 8,
+        },
+    ),
     "t5": (
         "T5Config",
         "T5ForConditionalGeneration",
@@ -247,15 +335,29 @@ _TINY: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 # Models that cannot be calibrated, each for a reason of its own; the conformance tests have them.
-_EXACT_ONLY = frozenset({"falcon", "gemma3n", "deepseek_v3", "lfm2", "qwen3_next", "t5", "bart"})
-TINY_NAMES: tuple[str, ...] = tuple(name for name in _TINY if name not in _EXACT_ONLY)
+_EXACT_ONLY = frozenset({"deepseek_v3", "t5", "bart"})
+# Models of which only some layers hold keys and values of their own.
+PARTLY_CODED: tuple[str, ...] = (
+    "gemma3n",
+    "gemma4",
+    "lfm2",
+    "qwen3_next",
+    "qwen3_5",
+    "granitemoehybrid",
+    "bamba",
+    "falcon_h1",
+    "jamba",
+    "nemotron_h",
+    "zamba2",
+)
+TINY_NAMES: tuple[str, ...] = tuple(name for name in _TINY if name not in {*_EXACT_ONLY, *PARTLY_CODED})
 
 
 def tiny(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A tiny random model in float32 and evaluation mode; the same weights for the same name and seed.
 
     Args:
-        name: one of `TINY_NAMES`, or of those that cannot be calibrated.
+        name: one of `TINY_NAMES`, of `PARTLY_CODED`, or of those that cannot be calibrated.
         overrides: config settings that replace the usual ones.
     """
     config_name, model_name, changes = _TINY[name]

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kvlathe_codec::gain::MAX_MAGNITUDE;
-use kvlathe_codec::{CodecError, Element, LowRank, StreamSet};
+use kvlathe_codec::{CodecError, Element, StreamSet};
 
 use crate::error::{CacheError, Result};
 use crate::view::TensorView;
@@ -15,29 +15,22 @@ pub enum Coding {
     Exact,
     /// The calibrated codec, in blocks.
     Blocks(Arc<StreamSet>),
-    /// The seed's rank and int8, token by token.
-    LowRank(Arc<LowRank>),
 }
 
 impl Coding {
-    /// Tokens that are coded together.
-    #[must_use]
-    pub fn granularity(&self) -> usize {
+    /// The codec, where there is one.
+    pub(crate) fn stream_set(&self) -> Option<&Arc<StreamSet>> {
         match self {
-            Self::Exact | Self::LowRank(_) => 1,
-            Self::Blocks(set) => set.block_len(),
+            Self::Exact => None,
+            Self::Blocks(set) => Some(set),
         }
     }
 
     /// Checks that heads and head_dim of the model are those of the codec.
     pub(crate) fn check_shape(&self, n_heads: usize, head_dim: usize) -> Result<()> {
-        let (heads, dim) = match self {
-            Self::Exact => return Ok(()),
-            Self::Blocks(set) => (set.streams().len(), set.head_dim()),
-            Self::LowRank(coder) => (n_heads, coder.head_dim()),
-        };
+        let Some(set) = self.stream_set() else { return Ok(()) };
         for (what, given, expected) in
-            [("the number of KV heads", n_heads, heads), ("head_dim", head_dim, dim)]
+            [("the number of KV heads", n_heads, set.streams().len()), ("head_dim", head_dim, set.head_dim())]
         {
             if given != expected {
                 return Err(CacheError::Shape { what, given, expected });

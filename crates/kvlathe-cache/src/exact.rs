@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use kvlathe_codec::{Element, Tokens, memory};
+use kvlathe_codec::{Element, memory};
 
 use crate::error::Result;
 use crate::view::TensorView;
@@ -48,11 +48,6 @@ impl<E: Element> ExactRun<E> {
         rest
     }
 
-    /// One head's vectors from `token` on, for the encoder.
-    pub(crate) fn tokens_from(&self, head: usize, token: usize) -> Tokens<'_, E> {
-        Tokens { data: &self.heads[head][token * self.head_dim..], token_stride: self.head_dim }
-    }
-
     /// Makes room for `n_tokens` more.
     pub(crate) fn reserve(&mut self, n_tokens: usize) -> Result<()> {
         let more = n_tokens.saturating_mul(self.head_dim);
@@ -84,7 +79,12 @@ impl<E: Element> ExactRun<E> {
 
     /// Gives back room far beyond what is held.
     pub(crate) fn trim(&mut self) {
-        self.heads.iter_mut().for_each(|run| trim(run, self.head_dim));
+        for run in &mut self.heads {
+            // What `reserve` makes for later is not that much.
+            if run.capacity() - run.len() > (128 * self.head_dim).max(run.len() / 4) {
+                run.shrink_to(run.len() + 32 * self.head_dim);
+            }
+        }
     }
 
     pub(crate) fn truncate(&mut self, n_tokens: usize) {
@@ -96,13 +96,5 @@ impl<E: Element> ExactRun<E> {
     /// Bytes allocated.
     pub(crate) fn bytes(&self) -> usize {
         self.heads.iter().map(|run| run.capacity() * size_of::<E>()).sum()
-    }
-}
-
-/// Gives back room far beyond what a run holds, of which `per_token` is one token. What [`ExactRun::reserve`] makes for
-/// later is not that much.
-pub(crate) fn trim<T>(run: &mut Vec<T>, per_token: usize) {
-    if run.capacity() - run.len() > (128 * per_token).max(run.len() / 4) {
-        run.shrink_to(run.len() + 32 * per_token);
     }
 }

@@ -3,44 +3,43 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
-use kvlathe_codec::{Element, StreamSet, memory};
+use kvlathe_codec::{Element, Side, StreamSet, memory};
 
+use crate::block::{Decoding, Encoding};
 use crate::coding::Coding;
 use crate::error::{CacheError, Result};
-use crate::pieces::{EncodePiece, ReadPiece};
+use crate::policy::Policy;
 use crate::side::{SideRow, Stale};
 use crate::threads::for_each_item;
 use crate::view::TensorView;
-
-/// Which tokens stay exact, in tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Policy {
-    /// The first tokens of a sequence, which everything attends to; exact always.
-    pub n_sinks: usize,
-    /// Nothing is coded until the sequence is longer than this.
-    pub compress_start_len: usize,
-    /// The last tokens stay exact; up to a block less one more do, because blocks are coded whole.
-    pub n_tail: usize,
-}
 
 /// What a layer holds, in bytes truly allocated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct MemoryUse {
     /// Sinks, tail and sides that are not coded.
     pub exact_bytes: usize,
-    /// Packed blocks with their side information and padding, rank-coded vectors.
+    /// Packed blocks with their side information and padding.
     pub coded_bytes: usize,
+    /// Those of `coded_bytes` that lie in somebody else's memory, such as a mapped file: blocks that were imported.
+    pub foreign_bytes: usize,
 }
 
 /// Keys and values.
-struct Row<E> {
-    key: SideRow<E>,
-    value: SideRow<E>,
+pub(crate) struct Row<E> {
+    pub(crate) key: SideRow<E>,
+    pub(crate) value: SideRow<E>,
 }
 
 impl<E: Element> Row<E> {
     fn sides(&self) -> [&SideRow<E>; 2] {
         [&self.key, &self.value]
+    }
+
+    pub(crate) fn side(&self, side: Side) -> &SideRow<E> {
+        match side {
+            Side::Key => &self.key,
+            Side::Value => &self.value,
+        }
     }
 
     fn sides_mut(&mut self) -> [&mut SideRow<E>; 2] {
@@ -54,14 +53,14 @@ impl<E: Element> Row<E> {
 
 /// Keys and values of one layer for a batch of sequences of equal length (padding included).
 pub struct LayerCache<E> {
-    key: Coding,
-    value: Coding,
-    policy: Policy,
-    rows: Vec<Row<E>>,
+    pub(crate) key: Coding,
+    pub(crate) value: Coding,
+    pub(crate) policy: Policy,
+    pub(crate) rows: Vec<Row<E>>,
     n_heads: usize,
     key_dim: usize,
     value_dim: usize,
-    n_tokens: usize,
+    pub(crate) n_tokens: usize,
 }
 
 impl<E: Element> LayerCache<E> {
@@ -134,7 +133,13 @@ impl<E: Element> LayerCache<E> {
         self.n_tokens
     }
 
-    /// Position from which on both sides are held: above zero once [`LayerCache::forget_before`] has dropped tokens.
+    /// Which tokens stay exact, and which are held.
+    #[must_use]
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// Position from which on both sides are held: above zero once tokens have left a sliding window.
     #[must_use]
     pub fn first(&self) -> usize {
         self.rows.first().map_or(0, |row| row.key.first().max(row.value.first()))
@@ -152,6 +157,15 @@ impl<E: Element> LayerCache<E> {
         self.n_heads
     }
 
+    /// Components of a side's vectors.
+    #[must_use]
+    pub fn head_dim(&self, side: Side) -> usize {
+        match side {
+            Side::Key => self.key_dim,
+            Side::Value => self.value_dim,
+        }
+    }
+
     /// Keys and values of one row.
     pub(crate) fn sides(&self, row: usize) -> (&SideRow<E>, &SideRow<E>) {
         (&self.rows[row].key, &self.rows[row].value)
@@ -159,10 +173,7 @@ impl<E: Element> LayerCache<E> {
 
     /// The codecs, if both sides are coded in blocks.
     pub(crate) fn stream_sets(&self) -> Option<(&StreamSet, &StreamSet)> {
-        match (&self.key, &self.value) {
-            (Coding::Blocks(key), Coding::Blocks(value)) => Some((key, value)),
-            _ => None,
-        }
+        Some((self.key.stream_set()?, self.value.stream_set()?))
     }
 
     /// Appends tokens, exact for now; [`LayerCache::compress`] codes what has left the tail.
@@ -171,33 +182,39 @@ impl<E: Element> LayerCache<E> {
     /// Another batch size, heads or head_dim than the cache's, keys and values of different length, NaN or infinity
     /// on a side that is coded, no memory. The cache is unchanged then.
     pub fn append(&mut self, keys: TensorView<'_, E>, values: TensorView<'_, E>) -> Result<()> {
-        for (view, dim, what) in [
-            (&keys, self.key_dim, "head_dim of the keys"),
-            (&values, self.value_dim, "head_dim of the values"),
-        ] {
-            let [batch, heads, _, d] = view.shape();
-            for (what, given, expected) in [
-                ("batch size", batch, self.batch()),
-                ("the number of KV heads", heads, self.n_heads),
-                (what, d, dim),
-            ] {
-                if given != expected {
-                    return Err(CacheError::Shape { what, given, expected });
-                }
-            }
-        }
+        self.check_view(&keys, Side::Key)?;
+        self.check_view(&values, Side::Value)?;
         if keys.n_tokens() != values.n_tokens() {
             let (given, expected) = (values.n_tokens(), keys.n_tokens());
             return Err(CacheError::Shape { what: "the number of new value tokens", given, expected });
         }
-        self.key.check_values(&keys, "keys")?;
-        self.value.check_values(&values, "values")?;
+        self.key.check_values(&keys, Side::Key.plural())?;
+        self.value.check_values(&values, Side::Value.plural())?;
         self.reserve(keys.n_tokens())?;
         for (at, row) in self.rows.iter_mut().enumerate() {
             row.key.append(&keys, at, self.policy.n_sinks);
             row.value.append(&values, at, self.policy.n_sinks);
         }
         self.n_tokens += keys.n_tokens();
+        Ok(())
+    }
+
+    /// That a tensor has the cache's batch, heads and head_dim.
+    pub(crate) fn check_view(&self, view: &TensorView<'_, E>, side: Side) -> Result<()> {
+        let what = match side {
+            Side::Key => "head_dim of the keys",
+            Side::Value => "head_dim of the values",
+        };
+        let [batch, heads, _, d] = view.shape();
+        for (what, given, expected) in [
+            ("batch size", batch, self.batch()),
+            ("the number of KV heads", heads, self.n_heads),
+            (what, d, self.head_dim(side)),
+        ] {
+            if given != expected {
+                return Err(CacheError::Shape { what, given, expected });
+            }
+        }
         Ok(())
     }
 
@@ -217,39 +234,56 @@ impl<E: Element> LayerCache<E> {
     /// Whether [`LayerCache::compress`] would code anything: a look, without work.
     #[must_use]
     pub fn is_due(&self) -> bool {
-        self.is_due_behind(0)
+        self.codes_behind(0)
     }
 
-    /// As [`LayerCache::is_due`], of [`LayerCache::slide`].
-    fn is_due_behind(&self, position: usize) -> bool {
+    /// Whether [`LayerCache::settle`] would code or drop anything: a look, without work.
+    #[must_use]
+    pub fn would_settle(&self) -> bool {
+        let position = self.policy.first_seen(self.n_tokens);
+        self.codes_behind(position)
+            || self
+                .rows
+                .first()
+                .is_some_and(|row| row.sides().into_iter().any(|side| !side.stale(position).is_empty()))
+    }
+
+    /// Whether blocks are due once what is before `position` is gone.
+    fn codes_behind(&self, position: usize) -> bool {
         self.rows.first().is_some_and(|row| {
-            row.sides().into_iter().any(|side| self.due_tokens(side, &side.stale(position)) > 0)
+            row.sides().into_iter().any(|side| self.n_due(side, &side.stale(position)) > 0)
         })
     }
 
-    /// How many tokens of a side have left the tail, in whole blocks, once those that are stale are gone.
-    fn due_tokens(&self, side: &SideRow<E>, stale: &Stale) -> usize {
-        if !side.is_coded() || self.n_tokens <= self.policy.compress_start_len {
+    /// How many blocks of a side have left the tail, once those tokens that are stale are gone.
+    fn n_due(&self, side: &SideRow<E>, stale: &Stale) -> usize {
+        if self.n_tokens <= self.policy.compress_start_len {
             return 0;
         }
-        let granularity = self.key.granularity().max(self.value.granularity());
-        (side.n_tail() - stale.n_tail).saturating_sub(self.policy.n_tail) / granularity * granularity
+        side.n_due(self.policy.n_tail, stale)
     }
 
-    /// Codes every whole block that has left the tail, on at most `n_threads` threads.
+    /// Codes every whole block that has left the tail, on at most `n_threads` threads. Drops nothing.
     ///
     /// # Errors
     /// What the codec refuses, no memory. All tokens stay exact then.
     pub fn compress(&mut self, n_threads: usize) -> Result<()> {
-        self.slide(0, n_threads)
+        self.code_behind(0, n_threads)
     }
 
-    /// As [`LayerCache::forget_before`], then [`LayerCache::compress`]; what is forgotten is not coded first.
+    /// As [`LayerCache::compress`], but first drops what has left the sliding window, which is not coded then. Positions
+    /// go on counting. Blocks leave whole and other tokens some at a time, so that up to a block less one, or fifteen,
+    /// stay.
     ///
     /// # Errors
-    /// As [`LayerCache::compress`]. Nothing is forgotten then.
-    pub fn slide(&mut self, position: usize, n_threads: usize) -> Result<()> {
-        if !self.is_due_behind(position) {
+    /// As [`LayerCache::compress`]. Nothing is dropped then.
+    pub fn settle(&mut self, n_threads: usize) -> Result<()> {
+        self.code_behind(self.policy.first_seen(self.n_tokens), n_threads)
+    }
+
+    /// Drops what is before `position` and codes what is due then; both or neither.
+    fn code_behind(&mut self, position: usize, n_threads: usize) -> Result<()> {
+        if !self.codes_behind(position) {
             self.forget_before(position);
             return Ok(());
         }
@@ -257,69 +291,56 @@ impl<E: Element> LayerCache<E> {
         let mut plans = memory::room(n_sides, "coded tokens")?;
         for side in self.rows.iter().flat_map(Row::sides) {
             let stale = side.stale(position);
-            plans.push((self.due_tokens(side, &stale), stale));
+            plans.push((self.n_due(side, &stale), stale));
         }
         let mut new = memory::room(n_sides, "coded tokens")?;
-        for (side, (n_tokens, _)) in self.rows.iter_mut().flat_map(Row::sides_mut).zip(&plans) {
-            new.push(side.reserve_coded(*n_tokens)?);
+        for (side, (n_blocks, _)) in self.rows.iter_mut().flat_map(Row::sides_mut).zip(&plans) {
+            new.push(side.reserve_blocks(*n_blocks)?);
         }
-        let mut pieces = Vec::new();
+        let mut encodings = Vec::new();
         for ((side, new), (_, stale)) in self.rows.iter().flat_map(Row::sides).zip(&mut new).zip(&plans) {
-            side.encode_pieces(stale.n_tail, new, &mut pieces)?;
+            side.encodings(stale, new, &mut encodings)?;
         }
         // Nothing goes before every side has been coded: an error must find all sides alike.
-        for_each_item(n_threads, pieces, EncodePiece::encode)?;
-        for ((side, new), (n_tokens, stale)) in
-            self.rows.iter_mut().flat_map(Row::sides_mut).zip(new).zip(plans)
-        {
+        for_each_item(n_threads, encodings, Encoding::encode)?;
+        for ((side, new), (_, stale)) in self.rows.iter_mut().flat_map(Row::sides_mut).zip(new).zip(plans) {
             side.forget(&stale);
-            side.commit(new, n_tokens);
+            side.commit(new);
         }
         Ok(())
     }
 
-    /// Writes the keys of some tokens to the first ones of `out`, `[batch, heads, out_tokens, head_dim]` contiguous, on
+    /// Drops what has left the sliding window, as [`LayerCache::settle`] does, and codes nothing.
+    pub fn forget(&mut self) {
+        self.forget_before(self.policy.first_seen(self.n_tokens));
+    }
+
+    fn forget_before(&mut self, position: usize) {
+        for side in self.rows.iter_mut().flat_map(Row::sides_mut) {
+            let stale = side.stale(position);
+            side.forget(&stale);
+        }
+    }
+
+    /// Writes some tokens of one side to the first ones of `out`, `[batch, heads, out_tokens, head_dim]` contiguous, on
     /// at most `n_threads` threads.
     ///
     /// # Errors
-    /// A buffer of another size, fewer `out_tokens` than tokens asked for, tokens that are not held, no memory.
-    pub fn read_keys(
+    /// A buffer of another size, fewer `out_tokens` than tokens asked for, tokens that this side does not hold, no memory.
+    pub fn read(
         &self,
+        side: Side,
         tokens: Range<usize>,
         out: &mut [E],
         out_tokens: usize,
-        n_threads: usize,
-    ) -> Result<()> {
-        self.read(tokens, (out, out_tokens), self.key_dim, |row| &row.key, n_threads)
-    }
-
-    /// As [`LayerCache::read_keys`], for values.
-    ///
-    /// # Errors
-    /// As [`LayerCache::read_keys`].
-    pub fn read_values(
-        &self,
-        tokens: Range<usize>,
-        out: &mut [E],
-        out_tokens: usize,
-        n_threads: usize,
-    ) -> Result<()> {
-        self.read(tokens, (out, out_tokens), self.value_dim, |row| &row.value, n_threads)
-    }
-
-    fn read(
-        &self,
-        tokens: Range<usize>,
-        (out, out_tokens): (&mut [E], usize),
-        dim: usize,
-        side: fn(&Row<E>) -> &SideRow<E>,
         n_threads: usize,
     ) -> Result<()> {
         if tokens.end > self.n_tokens {
             let (given, expected) = (tokens.end, self.n_tokens);
             return Err(CacheError::Shape { what: "the end of the tokens to read", given, expected });
         }
-        self.check_held(&tokens)?;
+        check_held(&tokens, self.rows[0].side(side).first())?;
+        let dim = self.head_dim(side);
         let expected = self.batch() * self.n_heads * out_tokens * dim;
         if out.len() != expected || out_tokens < tokens.len() {
             return Err(CacheError::Buffer { what: "output", given: out.len(), expected });
@@ -327,31 +348,12 @@ impl<E: Element> LayerCache<E> {
         if tokens.is_empty() {
             return Ok(());
         }
-        let mut pieces = Vec::new();
+        let mut decodings = Vec::new();
         for (at, out) in out.chunks_mut(out_tokens * dim).enumerate() {
             let (row, head) = (&self.rows[at / self.n_heads], at % self.n_heads);
-            side(row).read_head(head, tokens.clone(), out, &mut pieces)?;
+            row.side(side).read_head(head, tokens.clone(), out, &mut decodings)?;
         }
-        for_each_item(n_threads, pieces, ReadPiece::read)
-    }
-
-    /// Drops tokens before `position`, which no later query sees: those that have left a sliding window. Positions go on
-    /// counting. Blocks leave whole and other tokens some at a time, so that up to a block less one, or fifteen, stay.
-    pub fn forget_before(&mut self, position: usize) {
-        for side in self.rows.iter_mut().flat_map(Row::sides_mut) {
-            let stale = side.stale(position);
-            side.forget(&stale);
-        }
-    }
-
-    /// That none of some tokens was forgotten.
-    pub(crate) fn check_held(&self, tokens: &Range<usize>) -> Result<()> {
-        let (wanted, first) = (tokens.start, self.first());
-        if tokens.is_empty() || wanted >= first {
-            Ok(())
-        } else {
-            Err(CacheError::Forgotten { wanted, first })
-        }
+        for_each_item(n_threads, decodings, Decoding::decode)
     }
 
     /// Removes the newest `n_tokens` of every sequence.
@@ -400,8 +402,16 @@ impl<E: Element> LayerCache<E> {
         let mut use_ = MemoryUse::default();
         for side in self.rows.iter().flat_map(Row::sides) {
             use_.exact_bytes += side.exact_bytes();
-            use_.coded_bytes += side.coded_bytes(&mut seen);
+            let (coded, foreign) = side.coded_bytes(&mut seen);
+            use_.coded_bytes += coded;
+            use_.foreign_bytes += foreign;
         }
         use_
     }
+}
+
+/// That none of some tokens was forgotten, where those from `first` on are held.
+pub(crate) fn check_held(tokens: &Range<usize>, first: usize) -> Result<()> {
+    let wanted = tokens.start;
+    if tokens.is_empty() || wanted >= first { Ok(()) } else { Err(CacheError::Forgotten { wanted, first }) }
 }

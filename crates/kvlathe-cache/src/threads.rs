@@ -36,7 +36,7 @@ struct Pool {
 static TEAM: Mutex<Option<Owned<Arc<dyn Team>>>> = Mutex::new(None);
 static POOL: Mutex<Option<Owned<Pool>>> = Mutex::new(None);
 
-/// Lets [`for_each_task`] run on somebody else's threads.
+/// Lets all caches work on somebody else's threads.
 ///
 /// After a fork the child goes back to threads of its own: the team's exist only in the parent.
 pub fn adopt_team(team: Arc<dyn Team>) {

@@ -1,4 +1,6 @@
-//! A borrowed key or value tensor as torch hands it over.
+//! Key, value and query tensors: borrowed, as torch hands them over, and those of a caller without tensors of its own.
+
+use kvlathe_codec::{Element, memory};
 
 use crate::error::{CacheError, Result};
 
@@ -57,5 +59,51 @@ impl<'a, E> TensorView<'a, E> {
     pub fn token(&self, row: usize, head: usize, token: usize) -> &'a [E] {
         let at = row * self.strides[0] + head * self.strides[1] + token * self.strides[2];
         &self.data[at..at + self.shape[3]]
+    }
+}
+
+/// `[batch, heads, tokens, head_dim]`, contiguous, with numbers of its own.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tensor<E> {
+    data: Vec<E>,
+    shape: [usize; 4],
+}
+
+impl<E: Element> Tensor<E> {
+    /// Zeros.
+    ///
+    /// # Errors
+    /// No memory for `what`.
+    pub(crate) fn zeros(shape: [usize; 4], what: &'static str) -> Result<Self> {
+        let n = shape.iter().fold(1, |n: usize, &len| n.saturating_mul(len));
+        Ok(Self { data: memory::filled(n, E::default(), what)?, shape })
+    }
+
+    /// A tensor of what `next` gives, in the order of memory.
+    ///
+    /// # Panics
+    /// No memory, or more numbers than there are addresses.
+    #[must_use]
+    pub fn from_fn(shape: [usize; 4], next: impl FnMut() -> E) -> Self {
+        let n = shape.iter().product();
+        Self { data: std::iter::repeat_with(next).take(n).collect(), shape }
+    }
+
+    /// The numbers, in the order of the shape.
+    #[must_use]
+    pub fn data(&self) -> &[E] {
+        &self.data
+    }
+
+    /// As [`Tensor::data`], to be written.
+    pub fn data_mut(&mut self) -> &mut [E] {
+        &mut self.data
+    }
+
+    /// What a cache takes.
+    #[must_use]
+    pub fn view(&self) -> TensorView<'_, E> {
+        let [_, heads, tokens, d] = self.shape;
+        TensorView { data: &self.data, shape: self.shape, strides: [heads * tokens * d, tokens * d, d] }
     }
 }

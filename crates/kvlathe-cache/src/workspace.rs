@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use kvlathe_codec::{Lines, RotationWalk, Scratch};
+use kvlathe_codec::{Aligned, RotationWalk, Scratch};
 
 /// What the buffers are called when there is no memory for them.
 pub(crate) const BUFFERS: &str = "a thread's buffers";
@@ -11,9 +11,9 @@ pub(crate) const BUFFERS: &str = "a thread's buffers";
 #[derive(Default)]
 pub(crate) struct TileSums {
     /// `[queries]`: the factor on what was summed before.
-    pub(crate) rescale: Lines<f32>,
+    pub(crate) rescale: Aligned<f32>,
     /// `[queries, value_dim]`.
-    pub(crate) added: Lines<f32>,
+    pub(crate) added: Aligned<f32>,
 }
 
 #[derive(Default)]
@@ -22,13 +22,13 @@ pub(crate) struct Workspace {
     /// From block to block of one part of attention.
     pub(crate) walk: Option<RotationWalk>,
     /// `[queries, tokens]` of that part.
-    pub(crate) scores: Lines<f32>,
+    pub(crate) scores: Aligned<f32>,
     /// Exact keys or values that are not float32 already.
-    pub(crate) wide: Lines<f32>,
+    pub(crate) wide: Aligned<f32>,
     pub(crate) sums: TileSums,
     /// Keys of a tile, component-major, and its values, token-major.
-    pub(crate) tile_keys: Lines<f32>,
-    pub(crate) tile_values: Lines<f32>,
+    pub(crate) tile_keys: Aligned<f32>,
+    pub(crate) tile_values: Aligned<f32>,
 }
 
 thread_local! {

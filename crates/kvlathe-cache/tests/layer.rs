@@ -1,11 +1,12 @@
 //! What a layer's cache counts and refuses. Sequences of operations are compared with a model in `fuzz/src/layer_cache.rs`.
 
+use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
 
 use half::bf16;
 use kvlathe_cache::{CacheError, Coding, LayerCache, Policy, TensorView};
-use kvlathe_codec::{Basis, LowRank, Pairing, Rope, Storage, StreamSet, Width};
+use kvlathe_codec::{Basis, Pairing, Rope, Side, StreamSet, Width};
 
 const HEADS: usize = 2;
 const DIM: usize = 8;
@@ -24,14 +25,9 @@ fn blocks(rope: bool) -> Coding {
     ))
 }
 
-fn low_rank() -> Coding {
-    let u: Vec<f32> = (0..DIM * DIM).map(|i| if i % (DIM + 1) == 0 { 1.0 } else { 0.0 }).collect();
-    Coding::LowRank(Arc::new(LowRank::new(&u, &[0.5; DIM], DIM, Storage::Int8).unwrap()))
-}
-
 #[test]
 fn packed_memory_is_what_the_widths_say() {
-    let policy = Policy { n_sinks: 4, compress_start_len: 0, n_tail: 16 };
+    let policy = Policy { n_sinks: 4, n_tail: 16, ..Policy::default() };
     let mut cache =
         LayerCache::<bf16>::new(blocks(true), blocks(false), policy, 1, HEADS, (DIM, DIM)).unwrap();
     let n = 4 + 16 + 100 * BLOCK_LEN;
@@ -39,10 +35,11 @@ fn packed_memory_is_what_the_widths_say() {
     let view = TensorView::contiguous(&data, [1, HEADS, n, DIM]).unwrap();
     cache.append(view, view).unwrap();
     cache.compress(1).unwrap();
-    assert_eq!(cache.n_coded(), 100 * BLOCK_LEN);
+    // The first block begins with the sinks' places.
+    assert_eq!(cache.n_coded(), 100 * BLOCK_LEN - 4);
     let memory = cache.memory_use();
-    // 8 tokens × (8 components × 8 bits + 16 bits) × 2 heads = 160 bytes, padded to 192, plus 40 of bookkeeping.
-    assert_eq!(memory.coded_bytes, 2 * 100 * (192 + 40));
+    // 8 tokens × (8 components × 8 bits + 16 bits) × 2 heads = 160 bytes, padded to 192, plus 72 of bookkeeping.
+    assert_eq!(memory.coded_bytes, 2 * 100 * (192 + 72));
     assert!(
         memory.exact_bytes <= 2 * HEADS * DIM * 2 * (4 + 16 + 64),
         "the exact copy of the prompt is gone"
@@ -56,7 +53,7 @@ fn packed_memory_is_what_the_widths_say() {
 
 #[test]
 fn refused_input_changes_nothing() {
-    let policy = Policy { n_sinks: 0, compress_start_len: 0, n_tail: 0 };
+    let policy = Policy::default();
     let mut cache =
         LayerCache::<f32>::new(blocks(false), Coding::Exact, policy, 1, HEADS, (DIM, DIM)).unwrap();
     let mut data = vec![1.0f32; HEADS * 3 * DIM];
@@ -92,14 +89,14 @@ fn codecs_of_another_model_are_refused() {
             .to_string()
     };
     assert!(wrong(blocks(false), Coding::Exact, 3, DIM).contains("KV heads is 3"));
-    assert!(wrong(Coding::Exact, low_rank(), HEADS, 16).contains("head_dim is 16"));
+    assert!(wrong(Coding::Exact, blocks(false), HEADS, 16).contains("head_dim is 16"));
 }
 
 #[test]
 fn any_run_of_tokens_can_be_read_alone() {
-    let policy = Policy { n_sinks: 3, compress_start_len: 0, n_tail: 4 };
+    let policy = Policy { n_sinks: 3, n_tail: 4, ..Policy::default() };
     let n = 3 + 2 * BLOCK_LEN + 6;
-    for (key, value) in [(blocks(true), blocks(false)), (low_rank(), Coding::Exact)] {
+    for (key, value) in [(blocks(true), blocks(false)), (blocks(true), Coding::Exact)] {
         let mut cache = LayerCache::<f32>::new(key, value, policy, 2, HEADS, (DIM, DIM)).unwrap();
         let data: Vec<f32> = (0..2 * HEADS * n * DIM).map(|i| (i as f32 * 0.7).sin()).collect();
         let view = TensorView::contiguous(&data, [2, HEADS, n, DIM]).unwrap();
@@ -109,8 +106,8 @@ fn any_run_of_tokens_can_be_read_alone() {
         let read = |tokens: Range<usize>, n_threads: usize| {
             let mut keys = vec![0.0; 2 * HEADS * tokens.len() * DIM];
             let mut values = keys.clone();
-            cache.read_keys(tokens.clone(), &mut keys, tokens.len(), n_threads).unwrap();
-            cache.read_values(tokens.clone(), &mut values, tokens.len(), n_threads).unwrap();
+            cache.read(Side::Key, tokens.clone(), &mut keys, tokens.len(), n_threads).unwrap();
+            cache.read(Side::Value, tokens.clone(), &mut values, tokens.len(), n_threads).unwrap();
             [keys, values]
         };
         let all = read(0..n, 3);
@@ -123,7 +120,7 @@ fn any_run_of_tokens_can_be_read_alone() {
             }
         }
         let mut out = vec![0.0; 2 * HEADS * DIM];
-        let error = cache.read_keys(n..n + 1, &mut out, 1, 1).unwrap_err();
+        let error = cache.read(Side::Key, n..n + 1, &mut out, 1, 1).unwrap_err();
         assert!(error.to_string().contains(&(n + 1).to_string()), "{error}");
     }
 }
@@ -131,25 +128,28 @@ fn any_run_of_tokens_can_be_read_alone() {
 /// A sliding window: what is still held reads the same as without forgetting, and does not grow.
 #[test]
 fn what_has_left_a_window_is_dropped() {
-    let (window, step, policy) = (60, 7, Policy { n_sinks: 4, compress_start_len: 0, n_tail: 16 });
-    for coding in [Coding::Exact, blocks(true), low_rank()] {
+    let (n_past, step) = (60, 7);
+    let policy =
+        Policy { n_sinks: 4, n_tail: 16, window: NonZeroUsize::new(n_past + 1), ..Policy::default() };
+    for coding in [Coding::Exact, blocks(true)] {
         let new =
             || LayerCache::<f32>::new(coding.clone(), coding.clone(), policy, 1, HEADS, (DIM, DIM)).unwrap();
         let (mut all, mut cache, mut most_bytes) = (new(), new(), [0, 0]);
         for at in 0..100 {
             let data: Vec<f32> = (0..HEADS * step * DIM).map(|i| ((at * 31 + i) as f32).sin()).collect();
             let view = TensorView::contiguous(&data, [1, HEADS, step, DIM]).unwrap();
-            let first = (all.n_tokens() + step).saturating_sub(window);
+            let first = (all.n_tokens() + step).saturating_sub(n_past);
             all.append(view, view).unwrap();
             all.compress(1).unwrap();
             cache.append(view, view).unwrap();
-            cache.slide(first, 1).unwrap();
+            cache.settle(1).unwrap();
+            assert!(!cache.would_settle());
             assert_eq!(cache.n_tokens(), all.n_tokens());
             assert!(cache.first() <= first && first - cache.first() < 16, "{} for {first}", cache.first());
             let read = |cache: &LayerCache<f32>| {
                 let n_tokens = all.n_tokens() - first;
                 let mut out = vec![0.0; HEADS * n_tokens * DIM];
-                cache.read_keys(first..all.n_tokens(), &mut out, n_tokens, 1).unwrap();
+                cache.read(Side::Key, first..all.n_tokens(), &mut out, n_tokens, 1).unwrap();
                 out
             };
             assert_eq!(read(&cache), read(&all));
@@ -163,15 +163,15 @@ fn what_has_left_a_window_is_dropped() {
         let mut at_once = new();
         let view = TensorView::contiguous(&[0.5; HEADS * 500 * DIM], [1, HEADS, 500, DIM]).unwrap();
         at_once.append(view, view).unwrap();
-        at_once.slide(500 - window, 1).unwrap();
-        assert!(at_once.first() <= 500 - window && 500 - window - at_once.first() < 16);
+        at_once.settle(1).unwrap();
+        assert!(at_once.first() <= 500 - n_past && 500 - n_past - at_once.first() < 16);
         assert_eq!(at_once.n_coded() > 0, !matches!(coding, Coding::Exact));
 
         let (first, held) = (cache.first(), cache.n_tokens() - cache.first());
         let mut out = vec![0.0; HEADS * 700 * DIM];
         let wanted = first - 1;
         assert_eq!(
-            cache.read_keys(wanted..700, &mut out, 700, 1),
+            cache.read(Side::Key, wanted..700, &mut out, 700, 1),
             Err(CacheError::Forgotten { wanted, first })
         );
         assert_eq!(cache.crop(held + 1), Err(CacheError::Crop { given: held + 1, held }));

@@ -66,7 +66,7 @@ fn steps_allocate_only_the_blocks_that_they_pack() {
 
 /// Decodes, a layer with a sliding window or with all tokens.
 fn decode(window: Option<NonZeroUsize>) {
-    let policy = Policy { n_sinks: 4, compress_start_len: 0, n_tail: 50 };
+    let policy = Policy { n_sinks: 4, n_tail: 50, window, ..Policy::default() };
     let mut cache =
         LayerCache::<f32>::new(blocks(true), blocks(false), policy, 1, HEADS, (DIM, DIM)).unwrap();
     let prompt = vectors(HEADS * 1500, 0);
@@ -86,9 +86,8 @@ fn decode(window: Option<NonZeroUsize>) {
         let view = TensorView::contiguous(&token, [1, HEADS, 1, DIM]).unwrap();
         cache.append(view, view).unwrap();
         let queries = TensorView::contiguous(&queries, [1, HEADS * GROUP, 1, DIM]).unwrap();
-        let options = AttentionOptions { window, ..AttentionOptions::default() };
-        cache.attend(queries, options, &mut out, 1).unwrap();
-        cache.slide(window.map_or(0, |window| cache.n_tokens() + 1 - window.get()), 1).unwrap();
+        cache.attend(queries, AttentionOptions::default(), &mut out, None, 1).unwrap();
+        cache.settle(1).unwrap();
         let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;
         if step < 2 * BLOCK_LEN {
             continue;

@@ -34,14 +34,14 @@ impl Default for DesignOptions {
 /// Where the metric of a stream comes from.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Metric {
-    /// E[γ²·g·gᵀ] of the accumulated gradients.
+    /// `E[γ²·g·gᵀ]` of the accumulated gradients.
     Fisher,
-    /// E[q·qᵀ] of the accumulated queries, turned to typical distances, times `weight`·E[γ²].
+    /// `E[q·qᵀ]` of the accumulated queries, turned to typical distances, times `weight` and `E[γ²]`.
     Queries {
         /// Cost of a unit squared error of a score.
         weight: f64,
     },
-    /// A given matrix `[head_dim, head_dim]` (for values: the output projection's Gram matrix), times E[γ²].
+    /// A given matrix `[head_dim, head_dim]` (for values: the output projection's Gram matrix), times `E[γ²]`.
     Given(Vec<f64>),
 }
 

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use kvlathe_calib::{
-    DesignOptions, Metric, ModelMoments, ModelShape, Side, StreamMoments, TurnBack, Window, design_stream,
+    CalibratedLayer, DesignOptions, Metric, ModelMoments, ModelShape, Side, StreamMoments, TurnBack, Window,
+    design_stream,
 };
-use kvlathe_codec::{Pairing, Rope};
+use kvlathe_codec::{LayerShape, Pairing, Rope};
 
 /// Roughly Gaussian noise (sum of twelve uniforms), deterministic.
 fn gaussian(seed: u64, n: usize) -> Vec<f32> {
@@ -91,8 +92,9 @@ fn window(x: &[f32]) -> Window<'_> {
 #[test]
 fn too_little_text_and_broken_activations_are_refused() {
     let rope = Arc::new(Rope::new(Pairing::HalfSplit, 8, vec![1.0, 0.3, 0.1, 0.01]).unwrap());
-    let shape = ModelShape { n_layers: 1, n_kv_heads: 2, head_dim: 8, ropes: vec![Some(rope)] };
-    let mut moments = ModelMoments::new(shape).unwrap();
+    let layer =
+        CalibratedLayer { shape: LayerShape { n_kv_heads: 2, key_dim: 8, value_dim: 8 }, rope: Some(rope) };
+    let mut moments = ModelMoments::new(ModelShape { layers: vec![Some(layer)] });
     let mut x = tokens(1, 8, 8);
     moments.add(window(&x)).unwrap();
     assert!(moments.design(&DesignOptions::default(), 4).unwrap_err().to_string().contains("too few"));

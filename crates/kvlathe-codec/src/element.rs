@@ -3,9 +3,11 @@
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use crate::aligned::Aligned;
+use crate::dispatch;
 use crate::error::Result;
-use crate::kernels::{self, best_isa};
-use crate::lines::Lines;
+use crate::kernels::widen::widen;
+use crate::simd::isa::best_isa;
 
 /// What [`Element::widen`] copies.
 const WIDENED: &str = "numbers in float32";
@@ -22,7 +24,7 @@ pub trait Element: bytemuck::Pod + Default + Send + Sync + PartialEq + std::fmt:
     ///
     /// # Errors
     /// No memory for the copy.
-    fn widen<'a>(values: &'a [Self], buffer: &'a mut Lines<f32>) -> Result<&'a [f32]>;
+    fn widen<'a>(values: &'a [Self], buffer: &'a mut Aligned<f32>) -> Result<&'a [f32]>;
 }
 
 impl Element for f32 {
@@ -36,7 +38,7 @@ impl Element for f32 {
         value
     }
     #[inline(always)]
-    fn widen<'a>(values: &'a [Self], _: &'a mut Lines<f32>) -> Result<&'a [f32]> {
+    fn widen<'a>(values: &'a [Self], _: &'a mut Aligned<f32>) -> Result<&'a [f32]> {
         Ok(values)
     }
 }
@@ -45,15 +47,15 @@ impl Element for bf16 {
     const NAME: &'static str = "bfloat16";
     #[inline(always)]
     fn to_f32(self) -> f32 {
-        f32::from_bits(u32::from(self.to_bits()) << 16)
+        widen(self)
     }
     #[inline(always)]
     fn from_f32(value: f32) -> Self {
         Self::from_f32(value)
     }
-    fn widen<'a>(values: &'a [Self], buffer: &'a mut Lines<f32>) -> Result<&'a [f32]> {
+    fn widen<'a>(values: &'a [Self], buffer: &'a mut Aligned<f32>) -> Result<&'a [f32]> {
         buffer.resize(values.len(), WIDENED)?;
-        kernels::widen_bf16(best_isa(), values, buffer);
+        dispatch::widen_bf16(best_isa(), values, buffer);
         Ok(buffer)
     }
 }
@@ -69,7 +71,7 @@ impl Element for f16 {
         // Decoding may overshoot the largest float16 by the quantiser's error; infinity would poison a softmax.
         Self::from_f32(value.clamp(-65504.0, 65504.0))
     }
-    fn widen<'a>(values: &'a [Self], buffer: &'a mut Lines<f32>) -> Result<&'a [f32]> {
+    fn widen<'a>(values: &'a [Self], buffer: &'a mut Aligned<f32>) -> Result<&'a [f32]> {
         buffer.resize(values.len(), WIDENED)?;
         values.convert_to_f32_slice(buffer); // many at once, where the CPU can
         Ok(buffer)

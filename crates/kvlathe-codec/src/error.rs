@@ -72,6 +72,24 @@ pub enum CodecError {
 /// The result of a codec operation.
 pub type Result<T> = std::result::Result<T, CodecError>;
 
+/// A text that is not the name it was taken for.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{what} {given:?}, expected {expected}")]
+pub struct ParseNameError {
+    /// What it was taken for.
+    pub what: &'static str,
+    /// The text, or its first 80 characters.
+    pub given: String,
+    /// What is accepted.
+    pub expected: &'static str,
+}
+
+impl ParseNameError {
+    pub(crate) fn new(what: &'static str, given: &str, expected: &'static str) -> Self {
+        Self { what, given: given.chars().take(80).collect(), expected }
+    }
+}
+
 /// Refuses a buffer of another length than its shape asks for.
 pub(crate) fn check_len(what: &'static str, given: usize, expected: usize) -> Result<()> {
     if given == expected { Ok(()) } else { Err(CodecError::Length { what, given, expected }) }

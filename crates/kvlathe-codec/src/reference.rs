@@ -3,13 +3,15 @@
 //! Sums run over components in rising order with fused multiply-adds, so that kernels, which keep that order for each
 //! token and put tokens side by side in a vector, agree to the last bit.
 
-use crate::basis::{DRIFT_HALF, DRIFT_REACH, StreamTables};
-use crate::block::{HEADER_BYTES, Parts, drift_code, pack_drift, pack_row, row_bytes, unpack_row};
-use crate::gain::{BlockGain, GUARD_SCALES, gain_code, pack_side};
-use crate::width::Width;
+use crate::format::drift::{DRIFT_REACH, drift, drift_code, n_drifting, pack_drift, quantise_drift};
+use crate::format::gain::{
+    BlockGain, GUARD_CANDIDATES, GUARD_SCALES, gain_code, pack_side, smallest_safe_guard,
+};
+use crate::format::layout::HEADER_BYTES;
+use crate::format::plane::{pack_plane, plane_bytes, unpack_plane};
+use crate::format::width::Width;
+use crate::transform::tables::StreamTables;
 
-/// How many guard codes the encoder tries a token: the smallest that clips nothing, and those just below it.
-pub(crate) const GUARD_CANDIDATES: u8 = 5;
 /// Partial sums of a block's drift: token t adds to sum t mod 8.
 const DRIFT_SUMS: usize = 8;
 
@@ -25,32 +27,13 @@ fn level(code: u8, width: Width) -> f32 {
     f32::from(code) + width.level_offset()
 }
 
-/// The first guard code under which no coefficient clips (the last one if none).
-pub(crate) fn smallest_safe_guard(largest_ratio: f32) -> u8 {
-    GUARD_SCALES.iter().position(|&s| s >= largest_ratio).unwrap_or(GUARD_SCALES.len() - 1) as u8
-}
-
-/// Code of the drift of a coefficient whose values, in steps and clamped to [`DRIFT_REACH`], sum to `sum` over a block;
-/// `unit` is one level in steps.
-#[inline(always)]
-pub(crate) fn quantise_drift(sum: f32, unit: f32, block_len: usize) -> u8 {
-    let level = (sum * (1.0 / (unit * block_len as f32)) + 0.5).floor();
-    let half = DRIFT_HALF as f32;
-    (level.max(-half).min(half - 1.0) + half) as i32 as u8
-}
-
-/// The drift that a code stands for, in steps.
-#[inline(always)]
-pub(crate) fn drift(code: u8, unit: f32) -> f32 {
-    (f32::from(code) - DRIFT_HALF as f32) * unit
-}
-
 /// Encodes `block_len` tokens, component-major (`x[component * block_len + token]`), already in the block's frame.
 ///
 /// Returns the packed block of [`StreamTables::block_bytes`] bytes.
 #[must_use]
 pub fn encode(tables: &StreamTables, x: &[f32]) -> Vec<u8> {
-    let (d, n, n_coded) = (tables.head_dim, tables.block_len, tables.n_coded());
+    let widths = &tables.layout.widths;
+    let (d, n, n_coded) = (tables.head_dim(), tables.block_len(), tables.n_coded());
     let mut packed = vec![0; tables.block_bytes()];
     let gain_codes: Vec<u16> = (0..n)
         .map(|t| {
@@ -74,32 +57,32 @@ pub fn encode(tables: &StreamTables, x: &[f32]) -> Vec<u8> {
     }
 
     // Drift: what the block's tokens have in common.
+    let n_drifting = n_drifting(&gain_codes);
     let mut drift_codes = vec![0u8; d];
     for (i, z) in z.chunks_exact_mut(n).enumerate() {
-        let reach = DRIFT_REACH / tables.coefficients[i].width.step();
+        let reach = DRIFT_REACH / widths[i].step();
         let mut sums = [0.0f32; DRIFT_SUMS];
         for (t, z) in z.iter().enumerate() {
             sums[t % DRIFT_SUMS] += z.max(-reach).min(reach);
         }
         let [a, b, c, d, e, f, g, h] = sums;
         let (sum, unit) = (((a + e) + (c + g)) + ((b + f) + (d + h)), tables.drift_units[i]);
-        drift_codes[i] = quantise_drift(sum, unit, n);
+        drift_codes[i] = quantise_drift(sum, unit, n_drifting);
         z.iter_mut().for_each(|z| *z -= drift(drift_codes[i], unit));
     }
 
     let mut codes = vec![0u8; n_coded * n];
     for t in 0..n {
         // Range guard: try the smallest step factor that clips nothing and a few below, keep the least weighted error.
-        let largest_ratio = (0..n_coded).fold(0.0f32, |m, i| {
-            m.max(z[i * n + t].abs() * (1.0 / tables.coefficients[i].width.half_levels() as f32))
-        });
+        let largest_ratio = (0..n_coded)
+            .fold(0.0f32, |m, i| m.max(z[i * n + t].abs() * (1.0 / widths[i].half_levels() as f32)));
         let safe = smallest_safe_guard(largest_ratio);
         let mut best = (f32::INFINITY, safe);
         for k in 0..GUARD_CANDIDATES {
             let guard = safe.saturating_sub(k);
             let scale = GUARD_SCALES[usize::from(guard)];
             let cost = (0..n_coded).fold(0.0f32, |sum, i| {
-                let (z, width) = (z[i * n + t], tables.coefficients[i].width);
+                let (z, width) = (z[i * n + t], widths[i]);
                 let error = level(quantise(z, scale, width), width).mul_add(-scale, z);
                 (tables.step_cost[i] * error).mul_add(error, sum)
             });
@@ -109,18 +92,18 @@ pub fn encode(tables: &StreamTables, x: &[f32]) -> Vec<u8> {
         }
         let scale = GUARD_SCALES[usize::from(best.1)];
         for i in 0..n_coded {
-            codes[i * n + t] = quantise(z[i * n + t], scale, tables.coefficients[i].width);
+            codes[i * n + t] = quantise(z[i * n + t], scale, widths[i]);
         }
         packed[HEADER_BYTES + t] = pack_side(block_gain.fall(gain_codes[t]), best.1);
     }
 
     packed[..HEADER_BYTES].copy_from_slice(&block_gain.pack().to_le_bytes());
-    let mut at = tables.rows_at();
+    let mut at = tables.layout.planes_at();
     pack_drift(&drift_codes, &mut packed[HEADER_BYTES + n..at]);
     for i in 0..n_coded {
-        let width = tables.coefficients[i].width;
-        let bytes = row_bytes(width, n);
-        pack_row(width, &codes[i * n..(i + 1) * n], &mut packed[at..at + bytes]);
+        let width = widths[i];
+        let bytes = plane_bytes(width, n);
+        pack_plane(width, &codes[i * n..(i + 1) * n], &mut packed[at..at + bytes]);
         at += bytes;
     }
     packed
@@ -129,22 +112,22 @@ pub fn encode(tables: &StreamTables, x: &[f32]) -> Vec<u8> {
 /// Decodes a packed block to component-major vectors in the block's frame, `[head_dim, block_len]`.
 #[must_use]
 pub fn decode(tables: &StreamTables, packed: &[u8]) -> Vec<f32> {
-    let (d, n) = (tables.head_dim, tables.block_len);
-    let parts = Parts::of(tables, packed);
+    let (d, n) = (tables.head_dim(), tables.block_len());
+    let parts = tables.layout.parts(packed);
     let (gains, scales): (Vec<f32>, Vec<f32>) =
         parts.side.iter().map(|&side| parts.gain.unpack_side(side)).unzip();
     let mut z = vec![0.0f32; d * n];
     let mut codes = vec![0u8; n];
     let mut at = 0;
     for (i, z) in z.chunks_exact_mut(n).enumerate() {
-        let width = tables.coefficients[i].width;
+        let width = tables.layout.widths[i];
         let drift = drift(drift_code(parts.drift, i), tables.drift_units[i]);
         if width == Width::W0 {
             z.fill(drift);
             continue;
         }
-        let bytes = row_bytes(width, n);
-        unpack_row(width, &parts.rows[at..at + bytes], &mut codes);
+        let bytes = plane_bytes(width, n);
+        unpack_plane(width, &parts.planes[at..at + bytes], &mut codes);
         at += bytes;
         for t in 0..n {
             z[t] = level(codes[t], width).mul_add(scales[t], drift);

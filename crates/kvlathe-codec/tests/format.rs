@@ -3,7 +3,7 @@
 use kvlathe_codec::gain::{BlockGain, GUARD_SCALES};
 use kvlathe_codec::{
     BLOCK_LENS, Basis, CodecError, Pairing, Rope, Scratch, StreamTables, Tokens, WIDTHS, Width,
-    available_isas, pack_row, reference, row_bytes, side_information_bytes, unpack_row,
+    available_isas, pack_plane, plane_bytes, reference, side_information_bytes, unpack_plane,
 };
 use proptest::prelude::*;
 
@@ -135,6 +135,27 @@ fn dropping_every_coefficient_leaves_gain_times_mean_and_drift() {
     assert!(error(5) > 0.3);
 }
 
+/// Placeholders in front of a sequence's first coded tokens cost these nothing.
+#[test]
+fn zero_vectors_have_no_say_in_the_drift() {
+    let mut basis = basis(7, 16, |_| Width::W0);
+    basis.synthesis = (0..256).map(|at| if at % 17 == 0 { 1.0 } else { 0.0 }).collect();
+    let tables = StreamTables::new(&basis, None, 8).unwrap();
+    let rms = ((0..16).map(|j| (basis.mean[j] + 0.9).powi(2)).sum::<f32>() / 16.0).sqrt();
+    let token = |j: usize| (basis.mean[j] + 0.9) / rms;
+    for n_zero in [0, 3, 7] {
+        let x: Vec<f32> = (0..16 * 8).map(|at| if at % 8 < n_zero { 0.0 } else { token(at / 8) }).collect();
+        let decoded = reference::decode(&tables, &reference::encode(&tables, &x));
+        for (at, (x, decoded)) in x.iter().zip(&decoded).enumerate() {
+            let (step, zero) = (0.1875, at % 8 < n_zero);
+            assert!(
+                (x - decoded).abs() <= if zero { 0.0 } else { 0.51 * step * 1.02 },
+                "{n_zero}: {x} {decoded}"
+            );
+        }
+    }
+}
+
 /// A huge coefficient of one token does not take the others with it.
 #[test]
 fn outliers_hardly_move_the_drift() {
@@ -176,10 +197,10 @@ proptest! {
         let n = BLOCK_LENS[block];
         for width in WIDTHS.into_iter().skip(1) {
             let codes: Vec<u8> = noise(seed, n).iter().map(|v| (v.to_bits() >> 3) as u8 & ((1u16 << width.bits()) - 1) as u8).collect();
-            let mut row = vec![0; row_bytes(width, n)];
-            pack_row(width, &codes, &mut row);
+            let mut plane = vec![0; plane_bytes(width, n)];
+            pack_plane(width, &codes, &mut plane);
             let mut unpacked = vec![0; n];
-            unpack_row(width, &row, &mut unpacked);
+            unpack_plane(width, &plane, &mut unpacked);
             prop_assert_eq!(&unpacked, &codes);
         }
     }

@@ -1,4 +1,4 @@
-//! Packed blocks of version 2 stay what they are: the encoders give the golden bytes, and the decoders what
+//! Packed blocks of version 3 stay what they are: the encoders give the golden bytes, and the decoders what
 //! `docs/block_format.md` says, computed here a second time, in f64 and without the library's tables.
 //!
 //! `KVLATHE_BLESS=1 cargo test -p kvlathe-codec --test golden` writes the file anew. Do that only together with a new
@@ -12,13 +12,44 @@ use kvlathe_codec::{
 
 const HEAD_DIM: usize = 16;
 const BLOCK_LEN: usize = 32;
-/// Of the block's first token; its centre is half a block further on.
-const FIRST_POSITION: i64 = 1000;
-const CENTRE: i64 = FIRST_POSITION + BLOCK_LEN as i64 / 2;
 const INV_FREQ: [f64; 4] = [1.0, 0.25, 0.0625, 0.015_625];
 
+/// One block of the file.
+struct Golden {
+    rotated: bool,
+    /// Of the block's first slot.
+    first_position: i64,
+    /// Slots whose tokens are kept elsewhere.
+    n_placeholders: usize,
+}
+
+/// As values (nothing is rotated), as keys, and as a sequence's first keys behind four sinks.
+const BLOCKS: [Golden; 3] = [
+    Golden { rotated: false, first_position: 1000, n_placeholders: 0 },
+    Golden { rotated: true, first_position: 1000, n_placeholders: 0 },
+    Golden { rotated: true, first_position: 0, n_placeholders: 4 },
+];
+
+impl Golden {
+    /// Position that the block's keys are turned back by.
+    fn centre(&self) -> i64 {
+        self.first_position + BLOCK_LEN as i64 / 2
+    }
+
+    fn rope(&self) -> Option<Rope> {
+        self.rotated.then(rope)
+    }
+
+    /// The tokens, zero where they are kept elsewhere.
+    fn tokens(&self) -> Vec<f32> {
+        let mut x = tokens();
+        x[..self.n_placeholders * HEAD_DIM].fill(0.0);
+        x
+    }
+}
+
 fn golden() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/block-v2.bin")
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/block-v3.bin")
 }
 
 fn basis() -> Basis {
@@ -66,7 +97,7 @@ fn rotate(x: &mut [f64], position: i64) {
 }
 
 /// The value of docs/block_format.md for one token, `[head_dim]`, rotated forward.
-fn decoded_by_hand(packed: &[u8], basis: &Basis, rotated: bool, t: usize) -> Vec<f64> {
+fn decoded_by_hand(packed: &[u8], basis: &Basis, block: &Golden, t: usize) -> Vec<f64> {
     const GUARDS: [f64; 16] =
         [0.75, 0.84, 0.92, 1.0, 1.09, 1.19, 1.3, 1.42, 1.6, 1.85, 2.3, 3.2, 6.0, 24.0, 256.0, 16384.0];
     let head = u16::from_le_bytes([packed[0], packed[1]]);
@@ -75,11 +106,11 @@ fn decoded_by_hand(packed: &[u8], basis: &Basis, rotated: bool, t: usize) -> Vec
     let gain = if fall == 15 { 0.0 } else { (f64::from(gain_code.max(1) - 2048) / 32.0).exp2() };
 
     let mut x: Vec<f64> = basis.mean.iter().map(|&m| f64::from(m)).collect();
-    if rotated {
+    if block.rotated {
         rotate(&mut x, t as i64 - BLOCK_LEN as i64 / 2);
     }
     let drift_at = 2 + BLOCK_LEN;
-    let (mut row, mut order) = (drift_at + HEAD_DIM / 2, 0);
+    let (mut plane, mut order) = (drift_at + HEAD_DIM / 2, 0);
     for (bits, step) in [(8usize, 0.0308), (4, 0.3352), (3, 0.586), (2, 0.9957), (1, 1.596), (0, 0.0)] {
         for i in (0..HEAD_DIM).filter(|&i| basis.widths[i].bits() == bits) {
             let run = |bits: usize, at: usize| {
@@ -88,8 +119,11 @@ fn decoded_by_hand(packed: &[u8], basis: &Basis, rotated: bool, t: usize) -> Vec
             };
             let mut z = 0.0;
             if bits > 0 {
-                let code =
-                    if bits == 3 { run(2, row) + 4 * run(1, row + BLOCK_LEN / 4) } else { run(bits, row) };
+                let code = if bits == 3 {
+                    run(2, plane) + 4 * run(1, plane + BLOCK_LEN / 4)
+                } else {
+                    run(bits, plane)
+                };
                 z = step * guard * (code as f64 + 0.5 - (1u32 << (bits - 1)) as f64);
             }
             let byte = packed[drift_at + order % (HEAD_DIM / 2)];
@@ -97,21 +131,21 @@ fn decoded_by_hand(packed: &[u8], basis: &Basis, rotated: bool, t: usize) -> Vec
             for (j, xj) in x.iter_mut().enumerate() {
                 *xj += f64::from(basis.synthesis[j * HEAD_DIM + i]) * z;
             }
-            row += BLOCK_LEN * bits / 8;
+            plane += BLOCK_LEN * bits / 8;
             order += 1;
         }
     }
     x.iter_mut().for_each(|v| *v *= gain);
-    if rotated {
-        rotate(&mut x, CENTRE);
+    if block.rotated {
+        rotate(&mut x, block.centre());
     }
     x
 }
 
 /// Encodes with the reference and every instruction set, checks that the bytes are equal, and returns them.
-fn encode(tables: &StreamTables, rope: Option<&Rope>) -> Vec<u8> {
-    let x = tokens();
-    let turn_back = rope.map(|rope| rope.rotation(-CENTRE));
+fn encode(block: &Golden, tables: &StreamTables) -> Vec<u8> {
+    let x = block.tokens();
+    let turn_back = block.rope().map(|rope| rope.rotation(-block.centre()));
     let mut frame = vec![0.0; x.len()];
     for (t, token) in x.chunks_exact(HEAD_DIM).enumerate() {
         (0..HEAD_DIM).for_each(|j| frame[j * BLOCK_LEN + t] = token[j]);
@@ -131,32 +165,34 @@ fn encode(tables: &StreamTables, rope: Option<&Rope>) -> Vec<u8> {
 
 #[test]
 fn golden_blocks() {
-    let (basis, rope) = (basis(), rope());
+    let basis = basis();
     assert!(WIDTHS.iter().all(|width| basis.widths.contains(width)), "the basis covers all widths");
-    // The file: the block as values (nothing is rotated), then the block as keys.
-    let kinds = [None, Some(&rope)].map(|rope| (rope, StreamTables::new(&basis, rope, BLOCK_LEN).unwrap()));
-    let written: Vec<u8> = kinds.iter().flat_map(|(rope, tables)| encode(tables, *rope)).collect();
+    let tables = |block: &Golden| StreamTables::new(&basis, block.rope().as_ref(), BLOCK_LEN).unwrap();
+    let written: Vec<u8> = BLOCKS.iter().flat_map(|block| encode(block, &tables(block))).collect();
     if std::env::var_os("KVLATHE_BLESS").is_some() {
         std::fs::write(golden(), &written).unwrap();
     }
     let bytes = std::fs::read(golden()).unwrap();
     assert!(bytes == written, "the encoders give other bytes than the golden file holds");
 
-    let x = tokens();
-    for ((rope, tables), packed) in kinds.iter().zip(bytes.chunks_exact(kinds[0].1.block_bytes())) {
-        let turn_forward = rope.map(|rope| rope.rotation(CENTRE));
+    for (block, packed) in BLOCKS.iter().zip(bytes.chunks_exact(bytes.len() / BLOCKS.len())) {
+        let (x, tables) = (block.tokens(), tables(block));
+        let turn_forward = block.rope().map(|rope| rope.rotation(block.centre()));
         for isa in available_isas() {
             let (mut out, mut scratch) = (vec![0.0f32; BLOCK_LEN * HEAD_DIM], Scratch::default());
             tables.decode_block(isa, packed, turn_forward.as_ref(), &mut out, &mut scratch).unwrap();
             for (t, token) in out.chunks_exact(HEAD_DIM).enumerate() {
-                let by_hand = decoded_by_hand(packed, &basis, rope.is_some(), t);
+                let by_hand = decoded_by_hand(packed, &basis, block, t);
                 let norm = by_hand.iter().map(|v| v * v).sum::<f64>().sqrt();
                 for (&got, &wanted) in token.iter().zip(&by_hand) {
                     let off = (f64::from(got) - wanted).abs();
                     assert!(off <= 1e-6 * norm, "{} token {t}: {got} is not {wanted}", isa.name());
                 }
             }
-            assert!(out[3 * HEAD_DIM..4 * HEAD_DIM].iter().all(|&v| v == 0.0), "the zero token");
+            let of_token = |t: usize| &out[t * HEAD_DIM..(t + 1) * HEAD_DIM];
+            for t in (0..block.n_placeholders).chain([3]) {
+                assert!(of_token(t).iter().all(|&v| v == 0.0), "token {t} is zero");
+            }
             let outlier = 7 * HEAD_DIM + 2;
             assert!((out[outlier] / x[outlier] - 1.0).abs() < 0.2, "nothing clips: {}", out[outlier]);
         }

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -21,18 +21,35 @@ impl Drop for TempFile {
     }
 }
 
-/// Writes `bytes` to a new file beside `path`, flushes it to the disk, and renames it to `path`.
+/// Has `write` fill a new file beside `path`, flushes it to the disk, and renames it to `path`.
 ///
 /// The same folder, because a rename is atomic only within one file system. A reader sees the old file or the
-/// new one. If `path` is a symbolic link, the link is replaced.
-pub(crate) fn atomic_write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+/// new one, and so does whoever looks after a crash. If `path` is a symbolic link, the link is replaced. A process that
+/// is killed may leave a file behind whose name is a dot, that of `path`, and `.tmp` at the end.
+///
+/// # Errors
+/// What the system or `write` say. `path` is as it was then, unless the disk fails at the very end.
+pub fn atomic_write(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
     let (mut temp, mut file) = create_beside(path)?;
-    file.write_all(bytes)?;
+    write(&mut file)?;
     file.sync_all()?;
     drop(file);
     fs::rename(&temp.path, path)?;
     temp.keep = true;
-    Ok(())
+    sync_folder_of(path)
+}
+
+/// The new name is in the folder, which has to reach the disk as well. Not every system and file system can be told to.
+fn sync_folder_of(path: &Path) -> io::Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    match File::open(folder).map(|folder| folder.sync_all()) {
+        Ok(Err(error))
+            if !matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) =>
+        {
+            Err(error)
+        }
+        _ => Ok(()),
+    }
 }
 
 fn create_beside(path: &Path) -> io::Result<(TempFile, File)> {

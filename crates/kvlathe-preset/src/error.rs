@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::Side;
+use kvlathe_codec::Side;
 
 /// Why a preset could not be read, written or accepted.
 #[derive(Debug, thiserror::Error)]

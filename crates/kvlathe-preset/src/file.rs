@@ -1,7 +1,7 @@
 //! Paths and bytes: which format is it, how is it read, how is it written.
 
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::path::Path;
 
 use crate::atomic_write::atomic_write;
@@ -75,7 +75,8 @@ impl Preset {
             Format::Safetensors => self.to_safetensors_bytes()?,
         };
         check_size(bytes.len() as u64)?;
-        atomic_write(path, &bytes).map_err(|source| PresetError::Io { path: path.to_owned(), source })
+        atomic_write(path, |file| file.write_all(&bytes))
+            .map_err(|source| PresetError::Io { path: path.to_owned(), source })
     }
 
     /// The JSON file as text.

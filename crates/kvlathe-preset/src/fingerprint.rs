@@ -1,4 +1,8 @@
 //! Which model is this? A hash over the part of a model's config that decides what its cache contains.
+//!
+//! There are two of them. [`cache_fingerprint`] is the one that a model is judged by; [`fingerprint`] is what the
+//! first presets carry and the first readers ask for. That one takes the size of the vocabulary, too, which keys and
+//! values know nothing of: a model whose embeddings were resized keeps its cache, and must keep its preset.
 
 use std::fmt::Write;
 
@@ -7,8 +11,15 @@ use sha2::{Digest, Sha256};
 
 use crate::{Preset, PresetError};
 
+/// The one key that [`fingerprint`] takes and [`cache_fingerprint`] does not.
+const VOCABULARY: &str = "vocab_size";
+
+/// More tokens than any vocabulary has.
+const MAX_VOCABULARY: usize = 1 << 20;
+
 /// The keys that count. Names of files, versions, dtypes and training settings change without the cache
-/// changing.
+/// changing. The size of the MLPs (`intermediate_size`) is no size of the cache, but nothing changes it and leaves
+/// a layer's weights as they were: it tells models apart.
 const KEYS: [&str; 14] = [
     "model_type",
     "hidden_size",
@@ -16,7 +27,7 @@ const KEYS: [&str; 14] = [
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
-    "vocab_size",
+    VOCABULARY,
     "sliding_window",
     "layer_types",
     "intermediate_size",
@@ -36,40 +47,63 @@ const KEYS: [&str; 14] = [
 /// versions do. A config that nests its text model (`text_config`) must be passed as that nested object.
 ///
 /// ```
-/// use kvlathe_preset::fingerprint;
+/// use kvlathe_preset::cache_fingerprint;
 /// use serde_json::json;
 ///
 /// let old = json!({"model_type": "llama", "hidden_size": 576, "rope_theta": 10000.0, "rope_scaling": null});
 /// let new = json!({"model_type": "llama", "hidden_size": 576, "transformers_version": "5.0.0",
-///                  "rope_parameters": {"rope_type": "default", "rope_theta": 10000}});
-/// assert_eq!(fingerprint(&old), fingerprint(&new));
+///                  "rope_parameters": {"rope_type": "default", "rope_theta": 10000}, "vocab_size": 32016});
+/// assert_eq!(cache_fingerprint(&old), cache_fingerprint(&new));
 /// ```
+pub fn cache_fingerprint(config: &Value) -> String {
+    chosen_keys(config, false).map_or_else(String::new, |chosen| hex(Sha256::digest(canonical(chosen))))
+}
+
+/// [`cache_fingerprint`] with the size of the vocabulary among the keys: what presets carried first, and older
+/// readers ask for.
 pub fn fingerprint(config: &Value) -> String {
-    let Some(config) = config.as_object() else { return String::new() };
-    let mut chosen = choose(config);
-    if chosen.is_empty() {
-        return String::new();
-    }
-    fill_defaults(&mut chosen);
-    let mut text = String::new();
-    write_canonical(&Value::Object(chosen), &mut text);
-    let mut hex = String::with_capacity(64);
-    for byte in Sha256::digest(text.as_bytes()) {
-        write!(hex, "{byte:02x}").expect("writing to a String cannot fail");
-    }
-    hex
+    chosen_keys(config, true).map_or_else(String::new, |chosen| hex(Sha256::digest(canonical(chosen))))
+}
+
+/// Whether `expected` is the [`fingerprint`] of this config with some size of its vocabulary, up to
+/// [`MAX_VOCABULARY`]. A hash tells nothing of what went into it, but there are few sizes: all are tried, in well
+/// under a second, and a match proves that everything else is the same.
+fn matches_with_some_vocabulary(expected: &str, config: &Value) -> bool {
+    let Some(chosen) = chosen_keys(config, false) else { return false };
+    let Some(expected) = digest_of(expected) else { return false };
+    // The size comes last, as no key sorts after it: what comes before is hashed once.
+    let text = canonical(chosen);
+    let others = text.strip_suffix('}').unwrap_or(&text);
+    let comma = if others.len() > 1 { "," } else { "" };
+    let before = Sha256::new_with_prefix(format!("{others}{comma}\"{VOCABULARY}\":"));
+    (1..=MAX_VOCABULARY).any(|n_tokens| {
+        let mut hash = before.clone();
+        hash.update(n_tokens.to_string());
+        hash.update("}");
+        hash.finalize()[..] == expected
+    })
 }
 
 impl Preset {
-    /// Checks that the preset belongs to the model with this config. A preset without a fingerprint passes.
+    /// Checks that the preset belongs to the model with this config. A preset without fingerprints passes.
+    ///
+    /// A preset that has no `cache_fingerprint` yet is held to its [`fingerprint`], for any size of the vocabulary.
     ///
     /// # Errors
     ///
-    /// [`PresetError::WrongModel`] when the fingerprints differ.
+    /// [`PresetError::WrongModel`] when the preset was calibrated for another model.
     pub fn check_model(&self, config: &Value) -> Result<(), PresetError> {
-        let expected = self.lathe().map_or("", |lathe| lathe.fingerprint.as_str());
-        let given = fingerprint(config);
-        if expected.is_empty() || expected == given {
+        let Some(lathe) = self.lathe() else { return Ok(()) };
+        let is_old = lathe.cache_fingerprint.is_empty();
+        let (expected, given) = if is_old {
+            (&lathe.fingerprint, fingerprint(config))
+        } else {
+            (&lathe.cache_fingerprint, cache_fingerprint(config))
+        };
+        if expected.is_empty()
+            || *expected == given
+            || is_old && matches_with_some_vocabulary(expected, config)
+        {
             return Ok(());
         }
         let start = |digits: &str| digits.chars().take(12).collect();
@@ -79,6 +113,45 @@ impl Preset {
             given: if given.is_empty() { "unknown".to_owned() } else { start(&given) },
         })
     }
+}
+
+/// The keys that count, with defaults filled in; `None` when the config has none of them.
+fn chosen_keys(config: &Value, with_vocabulary: bool) -> Option<Map<String, Value>> {
+    let mut chosen = choose(config.as_object()?);
+    if !with_vocabulary {
+        chosen.remove(VOCABULARY);
+    }
+    if chosen.is_empty() {
+        return None;
+    }
+    fill_defaults(&mut chosen);
+    Some(chosen)
+}
+
+fn canonical(chosen: Map<String, Value>) -> String {
+    let mut text = String::new();
+    write_canonical(&Value::Object(chosen), &mut text);
+    text
+}
+
+fn hex(digest: impl IntoIterator<Item = u8>) -> String {
+    let mut hex = String::with_capacity(64);
+    for byte in digest {
+        write!(hex, "{byte:02x}").expect("writing to a String cannot fail");
+    }
+    hex
+}
+
+/// The 32 bytes that 64 hex digits stand for.
+fn digest_of(hex: &str) -> Option<[u8; 32]> {
+    let mut digest = [0; 32];
+    if hex.len() != 64 {
+        return None;
+    }
+    for (at, byte) in digest.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(hex.get(2 * at..2 * at + 2)?, 16).ok()?;
+    }
+    Some(digest)
 }
 
 fn choose(config: &Map<String, Value>) -> Map<String, Value> {

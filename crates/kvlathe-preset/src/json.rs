@@ -1,8 +1,10 @@
 //! The JSON format: the seed's file, with our keys beside its own.
 
-use crate::validate::{check_n_layers, validate_meta};
+use kvlathe_codec::Side;
+
+use crate::validate::check_n_layers;
 use crate::wire::{self, Bounded, FileWire, LayerWire, Matrix, Numbers, SideWire, StreamWire, Streams};
-use crate::{LayerPreset, Meta, Preset, PresetError, SharedBasis, Side, SidePreset, StreamPreset};
+use crate::{LayerPreset, Meta, Preset, PresetError, SharedBasis, SidePreset, StreamPreset};
 
 /// Editors on Windows put a byte order mark in front of UTF-8.
 pub(crate) fn skip_bom(bytes: &[u8]) -> &[u8] {
@@ -12,7 +14,6 @@ pub(crate) fn skip_bom(bytes: &[u8]) -> &[u8] {
 pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Preset, PresetError> {
     let mut wire = wire::parse(skip_bom(bytes), "the JSON file")?;
     let meta = wire.take_meta()?;
-    validate_meta(&meta)?;
     let layers = wire.layers.ok_or_else(|| PresetError::missing("layers"))?.0;
     check_n_layers(&meta, layers.len())?;
     // Our keys without "kvlathe" are unknown extra keys, and those are ignored.
@@ -49,7 +50,7 @@ fn side_to_wire(side: &SidePreset, preset: &Preset) -> Option<SideWire> {
     let shared = side.shared.as_ref()?;
     let streams = side.streams.iter().map(|stream| StreamWire {
         mean: Some(Numbers(stream.mean.clone())),
-        basis: Some(Matrix::new(stream.basis.clone(), preset.meta.head_dim)),
+        basis: Some(Matrix::new(stream.basis.clone(), stream.mean.len())),
         importance: Some(Numbers(stream.importance.clone())),
         widths: Some(Bounded(stream.widths.clone())),
     });
@@ -71,29 +72,41 @@ struct Reader<'a> {
 impl Reader<'_> {
     fn side(&self, wire: Option<SideWire>) -> Result<SidePreset, PresetError> {
         let Some(wire) = wire else { return Ok(SidePreset::default()) };
+        let Some(shape) = self.meta.layer_shape(self.layer) else {
+            return Err(PresetError::invalid(
+                format!("layers[{}].{}", self.layer, self.side),
+                "arrays",
+                "none: kvlathe.layer_shapes says that this layer is not coded",
+            ));
+        };
+        let d = shape.dim(self.side);
         let u = self.require(wire.u, "U")?;
-        let u = self.matrix(u, "U", self.meta.rank)?;
+        let u = self.matrix(u, "U", [d, self.meta.rank])?;
         let mean = self.require(wire.mean, "mean")?.0;
         let shared = Some(SharedBasis { rank: self.meta.rank, u, mean });
         let streams = wire.streams.unwrap_or_default().0;
         let streams = if self.meta.lathe.is_some() { streams } else { Vec::new() };
-        let streams = streams.into_iter().enumerate().map(|(head, stream)| self.stream(head, stream));
+        let streams = streams.into_iter().enumerate().map(|(head, stream)| self.stream(head, d, stream));
         Ok(SidePreset { shared, streams: streams.collect::<Result<_, _>>()? })
     }
 
-    fn stream(&self, head: usize, wire: StreamWire) -> Result<StreamPreset, PresetError> {
+    fn stream(&self, head: usize, d: usize, wire: StreamWire) -> Result<StreamPreset, PresetError> {
         let name = |field: &str| format!("streams[{head}].{field}");
         let basis = self.require(wire.basis, &name("basis"))?;
         Ok(StreamPreset {
             mean: self.require(wire.mean, &name("mean"))?.0,
-            basis: self.matrix(basis, &name("basis"), self.meta.head_dim)?,
+            basis: self.matrix(basis, &name("basis"), [d, d])?,
             importance: self.require(wire.importance, &name("importance"))?.0,
             widths: self.require(wire.widths, &name("widths"))?.0,
         })
     }
 
-    fn matrix(&self, matrix: Matrix, what: &str, n_cols: usize) -> Result<Vec<f32>, PresetError> {
-        let n_rows = self.meta.head_dim;
+    fn matrix(
+        &self,
+        matrix: Matrix,
+        what: &str,
+        [n_rows, n_cols]: [usize; 2],
+    ) -> Result<Vec<f32>, PresetError> {
         let given = match matrix.ragged {
             Some((row, len)) => format!("{} in row 0 but {len} in row {row}", matrix.n_cols),
             None if (matrix.n_rows, matrix.n_cols) == (n_rows, n_cols) => return Ok(matrix.data),

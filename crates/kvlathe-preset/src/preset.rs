@@ -1,10 +1,10 @@
 //! The data model. Plain structs with public fields: calibration fills them, the codec reads them, and
 //! [`Preset::validate`](crate::Preset::validate) says whether they make sense.
 
-use std::fmt;
-
-use serde::{Deserialize, Serialize};
+use kvlathe_codec::{LayerShape, Rope, Side};
 use serde_json::{Map, Value};
+
+use crate::{FORMAT_VERSION, UNIFORM_VERSION};
 
 /// A calibrated preset: what the whole model has in common, and one entry per layer.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,7 +22,8 @@ pub struct Meta {
     pub model: String,
     /// Columns of every shared `U`, in `1..=head_dim`.
     pub rank: usize,
-    /// Length of one head's key or value vector, in `1..=`[`MAX_HEAD_DIM`](crate::MAX_HEAD_DIM).
+    /// Length of one head's key or value vector, in `1..=`[`MAX_HEAD_DIM`](kvlathe_codec::MAX_HEAD_DIM). Where layers
+    /// differ ([`LatheMeta::layer_shapes`]): of a key in the first layer that is coded.
     pub head_dim: usize,
     /// Transformer layers, in `1..=`[`MAX_LAYERS`](crate::MAX_LAYERS).
     pub n_layers: usize,
@@ -42,17 +43,24 @@ pub struct LatheMeta {
     pub format_version: u32,
     /// Version of the library that calibrated.
     pub library_version: String,
-    /// KV heads per layer, a divisor of [`Meta::n_heads`], at most [`MAX_KV_HEADS`](crate::MAX_KV_HEADS).
+    /// KV heads per layer, a divisor of [`Meta::n_heads`], at most [`MAX_KV_HEADS`](crate::MAX_KV_HEADS). Where layers
+    /// differ: of the first layer that is coded.
     pub n_kv_heads: usize,
-    /// Tokens per packed block, one of [`BLOCK_LENS`](crate::BLOCK_LENS).
+    /// Which layers are coded, and the sizes of each: [`Meta::n_layers`] entries, `None` for a layer that the model's own
+    /// cache keeps (linear attention, say). `None` as a whole: all layers are coded and alike.
+    pub layer_shapes: Option<Vec<Option<LayerShape>>>,
+    /// Tokens per packed block, one of [`BLOCK_LENS`](kvlathe_codec::BLOCK_LENS).
     pub block_len: usize,
     /// First tokens of a sequence that stay exact, at most [`MAX_SINKS`](crate::MAX_SINKS).
     pub n_sinks: usize,
     /// Mean bits per cached number of the coded part, side information counted. Finite, at least 0.
     pub bits_per_value: f64,
     /// [`fingerprint`](crate::fingerprint()) of the model's config: 64 lower-case hex digits, or `""` when
-    /// unknown.
+    /// unknown. For older readers: it counts the size of the vocabulary.
     pub fingerprint: String,
+    /// [`cache_fingerprint`](crate::cache_fingerprint()) of the model's config, the one that a model is judged by:
+    /// 64 lower-case hex digits, or `""` when unknown and in presets that were made before there was one.
+    pub cache_fingerprint: String,
     /// `model_type` of the model's config, such as `"llama"`.
     pub model_type: String,
     /// Date of the calibration, ISO 8601.
@@ -61,29 +69,9 @@ pub struct LatheMeta {
     pub calibration: Map<String, Value>,
     /// Free-form record of what was measured: perplexities, KLD, top-1 agreement, the tuner's curve.
     pub measured: Map<String, Value>,
-    /// The distinct rotary embeddings of the model; layers refer to them by index.
-    pub rope: Vec<RopeDescription>,
-}
-
-/// A rotary position embedding: which coordinates turn together, and how fast.
-#[derive(Clone, Debug, PartialEq)]
-pub struct RopeDescription {
-    /// Which two coordinates form a plane.
-    pub pairing: Pairing,
-    /// How many leading coordinates are rotated: even, in `2..=head_dim`.
-    pub rotary_dim: usize,
-    /// `[rotary_dim / 2]`, radians per token, finite and above 0.
-    pub inv_freq: Vec<f64>,
-}
-
-/// Which two coordinates of a head a rotary embedding turns together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Pairing {
-    /// `(i, i + rotary_dim / 2)`, as in Llama and Qwen.
-    HalfSplit,
-    /// `(2i, 2i + 1)`, as in GPT-J and Cohere.
-    Interleaved,
+    /// The distinct rotary embeddings of the model, at most [`MAX_LAYERS`](crate::MAX_LAYERS); layers refer to them by
+    /// index. `rotary_dim` is at most [`Meta::head_dim`], and frequencies are above 0.
+    pub rope: Vec<Rope>,
 }
 
 /// One transformer layer.
@@ -131,30 +119,31 @@ pub struct StreamPreset {
     pub basis: Vec<f32>,
     /// `[head_dim]`, weighted variance λ of each coefficient, at least 0.
     pub importance: Vec<f32>,
-    /// `[head_dim]`, bits of each coefficient, each one of [`WIDTHS`](crate::WIDTHS).
+    /// `[head_dim]`, bits of each coefficient, each that of a [`Width`](kvlathe_codec::Width).
     pub widths: Vec<u8>,
 }
 
-/// Keys or values. Shown as the `K` and `V` of the JSON format.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Side {
-    /// Keys, `K`.
-    Key,
-    /// Values, `V`.
-    Value,
+impl LatheMeta {
+    /// The oldest version of the format that says all this: files are written in it, so that older readers read what
+    /// they can.
+    pub fn least_version(&self) -> u32 {
+        if self.layer_shapes.is_some() { FORMAT_VERSION } else { UNIFORM_VERSION }
+    }
 }
 
-impl Side {
-    /// Both sides, in file order.
-    pub const ALL: [Self; 2] = [Self::Key, Self::Value];
-}
-
-impl fmt::Display for Side {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Key => "K",
-            Self::Value => "V",
-        })
+impl Meta {
+    /// The sizes of a layer; `None` where it is not coded, and when there is no such layer. Seed presets have no streams,
+    /// so theirs have no KV heads.
+    pub fn layer_shape(&self, layer: usize) -> Option<LayerShape> {
+        if layer >= self.n_layers {
+            return None;
+        }
+        let n_kv_heads = self.lathe.as_ref().map_or(0, |lathe| lathe.n_kv_heads);
+        let uniform = LayerShape { n_kv_heads, key_dim: self.head_dim, value_dim: self.head_dim };
+        match self.lathe.as_ref().and_then(|lathe| lathe.layer_shapes.as_ref()) {
+            None => Some(uniform),
+            Some(shapes) => shapes.get(layer).copied().flatten(),
+        }
     }
 }
 
@@ -199,7 +188,7 @@ impl Preset {
 
     /// The rotary embedding of a layer; `None` when it has none, when there is no such layer, and in seed
     /// presets.
-    pub fn rope(&self, layer: usize) -> Option<&RopeDescription> {
+    pub fn rope(&self, layer: usize) -> Option<&Rope> {
         self.lathe()?.rope.get(self.layers.get(layer)?.rope?)
     }
 

@@ -1,10 +1,11 @@
 //! Float16 is part of the format: what a number becomes on disk, and which numbers have no place there.
 
 use half::f16;
+use kvlathe_codec::Side;
 
-use crate::{LayerPreset, Preset, PresetError, SharedBasis, Side, SidePreset, StreamPreset};
+use crate::{LayerPreset, Preset, PresetError, SharedBasis, SidePreset, StreamPreset};
 
-fn round(values: &[f32]) -> Vec<f32> {
+pub(crate) fn round(values: &[f32]) -> Vec<f32> {
     values.iter().map(|&value| f16::from_f32(value).to_f32()).collect()
 }
 
@@ -61,7 +62,7 @@ impl Preset {
                     let place = format!("layers[{index}].{side}.streams[{head}]");
                     check_overflow(&stream.mean, &place, "mean")?;
                     check_overflow(&stream.basis, &place, "basis")?;
-                    check_columns(&stream.basis, self.meta.head_dim, &place)?;
+                    check_columns(&stream.basis, stream.mean.len(), &place)?;
                 }
             }
         }

@@ -3,13 +3,14 @@
 use std::collections::HashMap;
 
 use half::f16;
+use kvlathe_codec::Side;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata, TensorView, serialize};
 
 use crate::safetensors_header as header;
-use crate::validate::{check_n_layers, validate_meta};
+use crate::validate::check_n_layers;
 use crate::wire::{self, Bounded, FileWire};
-use crate::{LayerPreset, Meta, Preset, PresetError, SharedBasis, Side, SidePreset, StreamPreset};
+use crate::{LayerPreset, Meta, Preset, PresetError, SharedBasis, SidePreset, StreamPreset};
 
 /// Key of our JSON in the header's string map.
 const METADATA_KEY: &str = "kvlathe";
@@ -20,11 +21,7 @@ fn container_error(error: &safetensors::SafeTensorError) -> PresetError {
 
 /// First part of the names of a side's tensors.
 fn prefix(layer: usize, side: Side) -> String {
-    let side = match side {
-        Side::Key => "key",
-        Side::Value => "value",
-    };
-    format!("layers.{layer}.{side}")
+    format!("layers.{layer}.{}", side.name())
 }
 
 /// A header, and the data that its offsets refer to.
@@ -54,7 +51,6 @@ pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Preset, PresetError> {
     })?;
     let mut wire = wire::parse(text.as_bytes(), "the metadata of the safetensors file")?;
     let meta = wire.take_meta()?;
-    validate_meta(&meta)?;
     let ropes = wire.layer_rope.ok_or_else(|| PresetError::missing("layer_rope"))?.0;
     check_n_layers(&meta, ropes.len())?;
     check_layer_names(&meta, &container.header)?;
@@ -90,23 +86,30 @@ struct Reader<'a> {
 
 impl Reader<'_> {
     fn side(&self) -> Result<SidePreset, PresetError> {
-        Ok(SidePreset { shared: self.shared()?, streams: self.streams()? })
+        match self.meta.layer_shape(self.layer) {
+            None => Ok(SidePreset::default()),
+            Some(shape) => {
+                let d = shape.dim(self.side);
+                Ok(SidePreset { shared: self.shared(d)?, streams: self.streams(shape.n_kv_heads, d)? })
+            }
+        }
     }
 
-    fn shared(&self) -> Result<Option<SharedBasis>, PresetError> {
-        let Meta { rank, head_dim, .. } = *self.meta;
+    fn shared(&self, d: usize) -> Result<Option<SharedBasis>, PresetError> {
+        let rank = self.meta.rank;
         let is_there = |field: &str| self.container.header.info(&self.name(field)).is_some();
         if self.meta.lathe.is_none() && !is_there("shared.u") && !is_there("shared.mean") {
             return Ok(None);
         }
-        let u = floats16(self.bytes("shared.u", Dtype::F16, &[head_dim, rank])?);
-        let mean = floats32(self.bytes("shared.mean", Dtype::F32, &[head_dim])?);
+        let u = floats16(self.bytes("shared.u", Dtype::F16, &[d, rank])?);
+        let mean = floats32(self.bytes("shared.mean", Dtype::F32, &[d])?);
         Ok(Some(SharedBasis { rank, u, mean }))
     }
 
-    fn streams(&self) -> Result<Vec<StreamPreset>, PresetError> {
-        let Some(lathe) = &self.meta.lathe else { return Ok(Vec::new()) };
-        let (h, d) = (lathe.n_kv_heads, self.meta.head_dim);
+    fn streams(&self, h: usize, d: usize) -> Result<Vec<StreamPreset>, PresetError> {
+        if self.meta.lathe.is_none() {
+            return Ok(Vec::new());
+        }
         let means = self.bytes("mean", Dtype::F16, &[h, d])?;
         let bases = self.bytes("basis", Dtype::F16, &[h, d, d])?;
         let importances = self.bytes("importance", Dtype::F32, &[h, d])?;
@@ -173,7 +176,7 @@ pub(crate) fn to_bytes(preset: &Preset) -> Result<Vec<u8>, PresetError> {
     let mut tensors = Vec::new();
     for (index, layer) in preset.layers.iter().enumerate() {
         for side in Side::ALL {
-            push_side(&mut tensors, &prefix(index, side), layer.side(side), preset.meta.head_dim);
+            push_side(&mut tensors, &prefix(index, side), layer.side(side));
         }
     }
     let views = tensors.iter().map(|tensor| {
@@ -187,17 +190,19 @@ pub(crate) fn to_bytes(preset: &Preset) -> Result<Vec<u8>, PresetError> {
     Ok(bytes)
 }
 
-fn push_side(tensors: &mut Vec<Tensor>, prefix: &str, side: &SidePreset, d: usize) {
+fn push_side(tensors: &mut Vec<Tensor>, prefix: &str, side: &SidePreset) {
     let mut push = |field: &str, dtype, shape: &[usize], bytes| {
         tensors.push(Tensor { name: format!("{prefix}.{field}"), dtype, shape: shape.to_vec(), bytes });
     };
     if let Some(shared) = &side.shared {
+        let d = shared.mean.len();
         push("shared.u", Dtype::F16, &[d, shared.rank], bytes16(&shared.u).collect());
         push("shared.mean", Dtype::F32, &[d], bytes32(&shared.mean).collect());
     }
     let streams = &side.streams;
     let h = streams.len();
     if h > 0 {
+        let d = streams[0].mean.len();
         push("mean", Dtype::F16, &[h, d], streams.iter().flat_map(|stream| bytes16(&stream.mean)).collect());
         push(
             "basis",

@@ -1,25 +1,22 @@
 //! What makes a preset acceptable. Called on everything that is read and on everything that is written.
 
+use kvlathe_codec::{BLOCK_LENS, MAX_HEAD_DIM, Side, WIDTHS, Width};
+
 use crate::{
-    FORMAT_VERSION, LatheMeta, Meta, Preset, PresetError, SharedBasis, Side, SidePreset, StreamPreset,
+    FORMAT_VERSION, LatheMeta, LayerPreset, LayerShape, Meta, Preset, PresetError, SharedBasis, SidePreset,
+    StreamPreset,
 };
 
 /// Largest file that is read or written, 1 GiB. A preset of the largest models has some tens of MB.
 pub const MAX_FILE_BYTES: u64 = 1 << 30;
 /// Most layers of a model.
 pub const MAX_LAYERS: usize = 4096;
-/// Largest head dimension.
-pub const MAX_HEAD_DIM: usize = 1024;
 /// Most KV heads of a layer.
 pub const MAX_KV_HEADS: usize = 1024;
 /// Most KV heads of all layers together: 128 layers of 128. Codecs have tables for each, whatever the head dimension.
 pub const MAX_STREAMS: usize = 1 << 14;
 /// Most sink tokens.
 pub const MAX_SINKS: usize = 4096;
-/// Block lengths, in tokens, that the codec has.
-pub const BLOCK_LENS: [usize; 6] = [8, 16, 32, 64, 128, 256];
-/// Coefficient widths, in bits, that the codec has.
-pub const WIDTHS: [u8; 6] = [0, 1, 2, 3, 4, 8];
 /// How far any entry of UᵀU may be from the identity. Float16 alone accounts for up to 2⁻¹⁰.
 pub const ORTHONORMAL_TOLERANCE: f64 = 1e-3;
 
@@ -40,14 +37,17 @@ impl Preset {
         for (index, layer) in self.layers.iter().enumerate() {
             check_rope_index(meta, index, layer.rope)?;
             for side in Side::ALL {
-                SideCheck { layer: index, side, meta }.check(layer.side(side))?;
+                match meta.layer_shape(index) {
+                    Some(shape) => SideCheck { layer: index, side, meta, shape }.check(layer.side(side))?,
+                    None => check_absent(index, side, layer)?,
+                }
             }
         }
         Ok(())
     }
 }
 
-/// The part of [`Preset::validate`] that bounds every size. Readers call it before they look at any array.
+/// The part of [`Preset::validate`] that bounds every size.
 pub(crate) fn validate_meta(meta: &Meta) -> Result<(), PresetError> {
     in_range("n_layers", meta.n_layers, 1, MAX_LAYERS)?;
     in_range("head_dim", meta.head_dim, 1, MAX_HEAD_DIM)?;
@@ -68,7 +68,12 @@ pub(crate) fn validate_meta(meta: &Meta) -> Result<(), PresetError> {
 fn validate_lathe(meta: &Meta, lathe: &LatheMeta) -> Result<(), PresetError> {
     check_version(lathe.format_version)?;
     in_range("kvlathe.n_kv_heads", lathe.n_kv_heads, 1, MAX_KV_HEADS)?;
-    in_range("n_layers · kvlathe.n_kv_heads", meta.n_layers * lathe.n_kv_heads, 1, MAX_STREAMS)?;
+    match &lathe.layer_shapes {
+        None => {
+            in_range("n_layers · kvlathe.n_kv_heads", meta.n_layers * lathe.n_kv_heads, 1, MAX_STREAMS)?;
+        }
+        Some(shapes) => validate_shapes(meta, lathe, shapes)?,
+    }
     if !meta.n_heads.is_multiple_of(lathe.n_kv_heads) {
         return Err(PresetError::invalid(
             "kvlathe.n_kv_heads",
@@ -92,16 +97,65 @@ fn validate_lathe(meta: &Meta, lathe: &LatheMeta) -> Result<(), PresetError> {
         ));
     }
     let is_hex = |digit: u8| matches!(digit, b'0'..=b'9' | b'a'..=b'f');
-    let fingerprint = &lathe.fingerprint;
-    if !matches!(fingerprint.len(), 0 | 64) || !fingerprint.bytes().all(is_hex) {
-        return Err(PresetError::invalid(
-            "kvlathe.fingerprint",
-            // A text may be as long as the file.
-            format!("{:?}", fingerprint.chars().take(80).collect::<String>()),
-            "64 lower-case hex digits, or \"\" when the model's config is not known",
-        ));
+    for (key, fingerprint) in
+        [("kvlathe.fingerprint", &lathe.fingerprint), ("kvlathe.cache_fingerprint", &lathe.cache_fingerprint)]
+    {
+        if !matches!(fingerprint.len(), 0 | 64) || !fingerprint.bytes().all(is_hex) {
+            return Err(PresetError::invalid(
+                key,
+                // A text may be as long as the file.
+                format!("{:?}", fingerprint.chars().take(80).collect::<String>()),
+                "64 lower-case hex digits, or \"\" when the model's config is not known",
+            ));
+        }
     }
     validate_ropes(meta, lathe)
+}
+
+fn validate_shapes(meta: &Meta, lathe: &LatheMeta, shapes: &[Option<LayerShape>]) -> Result<(), PresetError> {
+    if lathe.format_version < lathe.least_version() {
+        let (given, expected) = (lathe.format_version, lathe.least_version());
+        let expected = format!("at least {expected}, which kvlathe.layer_shapes came with");
+        return Err(PresetError::invalid("kvlathe.format_version", given, expected));
+    }
+    in_range("number of entries in kvlathe.layer_shapes", shapes.len(), meta.n_layers, meta.n_layers)?;
+    for (index, shape) in shapes.iter().enumerate() {
+        let Some(shape) = shape else { continue };
+        let place = format!("kvlathe.layer_shapes[{index}]");
+        in_range(&format!("KV heads of {place}"), shape.n_kv_heads, 1, MAX_KV_HEADS)?;
+        for side in Side::ALL {
+            in_range(&format!("{side} components of {place}"), shape.dim(side), meta.rank, MAX_HEAD_DIM)?;
+        }
+    }
+    let Some(first) = shapes.iter().flatten().next() else {
+        return Err(PresetError::invalid(
+            "kvlathe.layer_shapes",
+            "null for all layers",
+            "a layer that is coded",
+        ));
+    };
+    let total = shapes.iter().flatten().map(|shape| shape.n_kv_heads).sum();
+    in_range("KV heads of all layers", total, 1, MAX_STREAMS)?;
+    // What readers that look at one layer only find.
+    in_range("kvlathe.n_kv_heads", lathe.n_kv_heads, first.n_kv_heads, first.n_kv_heads)?;
+    in_range("head_dim", meta.head_dim, first.key_dim, first.key_dim)
+}
+
+/// Components of the longest keys.
+pub(crate) fn largest_key(lathe: &LatheMeta, head_dim: usize) -> usize {
+    let shapes = lathe.layer_shapes.iter().flatten().flatten();
+    shapes.map(|shape| shape.key_dim).max().unwrap_or(head_dim)
+}
+
+fn check_absent(index: usize, side: Side, layer: &LayerPreset) -> Result<(), PresetError> {
+    if layer.rope.is_none() && *layer.side(side) == SidePreset::default() {
+        return Ok(());
+    }
+    Err(PresetError::invalid(
+        format!("layers[{index}]"),
+        format!("a rotation or arrays of its {side}"),
+        "neither: kvlathe.layer_shapes says that this layer is not coded",
+    ))
 }
 
 fn validate_ropes(meta: &Meta, lathe: &LatheMeta) -> Result<(), PresetError> {
@@ -113,24 +167,35 @@ fn validate_ropes(meta: &Meta, lathe: &LatheMeta) -> Result<(), PresetError> {
         ));
     }
     for (index, rope) in lathe.rope.iter().enumerate() {
-        let place = format!("kvlathe.rope[{index}]");
-        if !(2..=meta.head_dim).contains(&rope.rotary_dim) || !rope.rotary_dim.is_multiple_of(2) {
-            return Err(PresetError::invalid(
-                format!("{place}.rotary_dim"),
-                rope.rotary_dim,
-                format!("an even number in 2..={}, the head dimension", meta.head_dim),
-            ));
-        }
-        if rope.inv_freq.len() != rope.rotary_dim / 2 {
-            return Err(PresetError::invalid(
-                format!("number of entries in {place}.inv_freq"),
-                rope.inv_freq.len(),
-                format!("{}, half of rotary_dim", rope.rotary_dim / 2),
-            ));
-        }
-        if let Some(value) = rope.inv_freq.iter().find(|value| !(value.is_finite() && **value > 0.0)) {
-            return Err(PresetError::invalid(format!("{place}.inv_freq"), value, "finite numbers above 0"));
-        }
+        check_rope(index, largest_key(lathe, meta.head_dim), rope.rotary_dim(), rope.inv_freq())?;
+    }
+    Ok(())
+}
+
+/// Checks the numbers of entry `index` of `kvlathe.rope`.
+pub(crate) fn check_rope(
+    index: usize,
+    head_dim: usize,
+    rotary_dim: usize,
+    inv_freq: &[f64],
+) -> Result<(), PresetError> {
+    let place = format!("kvlathe.rope[{index}]");
+    if !(2..=head_dim).contains(&rotary_dim) || !rotary_dim.is_multiple_of(2) {
+        return Err(PresetError::invalid(
+            format!("{place}.rotary_dim"),
+            rotary_dim,
+            format!("an even number in 2..={head_dim}, the head dimension"),
+        ));
+    }
+    if inv_freq.len() != rotary_dim / 2 {
+        return Err(PresetError::invalid(
+            format!("number of entries in {place}.inv_freq"),
+            inv_freq.len(),
+            format!("{}, half of rotary_dim", rotary_dim / 2),
+        ));
+    }
+    if let Some(value) = inv_freq.iter().find(|value| !(value.is_finite() && **value > 0.0)) {
+        return Err(PresetError::invalid(format!("{place}.inv_freq"), value, "finite numbers above 0"));
     }
     Ok(())
 }
@@ -156,7 +221,14 @@ pub(crate) fn check_n_layers(meta: &Meta, n_entries: usize) -> Result<(), Preset
 
 fn check_rope_index(meta: &Meta, layer: usize, rope: Option<usize>) -> Result<(), PresetError> {
     let n_ropes = meta.lathe.as_ref().map_or(0, |lathe| lathe.rope.len());
+    let rotary_dim = |index: usize| meta.lathe.as_ref().map_or(0, |lathe| lathe.rope[index].rotary_dim());
+    let key_dim = meta.layer_shape(layer).map_or(usize::MAX, |shape| shape.key_dim);
     match rope {
+        Some(index) if index < n_ropes && rotary_dim(index) > key_dim => Err(PresetError::invalid(
+            format!("kvlathe.rope[{index}].rotary_dim"),
+            rotary_dim(index),
+            format!("at most {key_dim}, the components of a key of layer {layer}"),
+        )),
         Some(index) if index >= n_ropes => Err(PresetError::invalid(
             format!("layers[{layer}].rope"),
             index,
@@ -178,6 +250,7 @@ struct SideCheck<'a> {
     layer: usize,
     side: Side,
     meta: &'a Meta,
+    shape: LayerShape,
 }
 
 impl SideCheck<'_> {
@@ -190,8 +263,7 @@ impl SideCheck<'_> {
             }
             (None, None) => {}
         }
-        let n_streams = self.meta.lathe.as_ref().map_or(0, |lathe| lathe.n_kv_heads);
-        self.check_len("streams", side.streams.len(), &[n_streams])?;
+        self.check_len("streams", side.streams.len(), &[self.shape.n_kv_heads])?;
         for (head, stream) in side.streams.iter().enumerate() {
             self.check_stream(head, stream)?;
         }
@@ -199,11 +271,11 @@ impl SideCheck<'_> {
     }
 
     fn check_shared(&self, shared: &SharedBasis) -> Result<(), PresetError> {
-        let Meta { rank, head_dim, .. } = *self.meta;
+        let (rank, head_dim) = (self.meta.rank, self.shape.dim(self.side));
         if shared.rank != rank {
             let (given, expected) =
                 (format!("[{head_dim}, {}]", shared.rank), format!("[{head_dim}, {rank}]"));
-            return Err(self.shape("U", given, expected));
+            return Err(self.wrong_shape("U", given, expected));
         }
         self.check_len("U", shared.u.len(), &[head_dim, rank])?;
         self.check_len("mean", shared.mean.len(), &[head_dim])?;
@@ -217,7 +289,7 @@ impl SideCheck<'_> {
     }
 
     fn check_stream(&self, head: usize, stream: &StreamPreset) -> Result<(), PresetError> {
-        let d = self.meta.head_dim;
+        let d = self.shape.dim(self.side);
         let name = |field: &str| format!("streams[{head}].{field}");
         self.check_len(&name("mean"), stream.mean.len(), &[d])?;
         self.check_len(&name("basis"), stream.basis.len(), &[d, d])?;
@@ -234,11 +306,11 @@ impl SideCheck<'_> {
                 "variances, so at least 0",
             ));
         }
-        if let Some(width) = stream.widths.iter().find(|width| !WIDTHS.contains(width)) {
+        if let Some(width) = stream.widths.iter().find(|&&bits| Width::try_from(bits).is_err()) {
             return Err(PresetError::invalid(
                 format!("{place}.widths"),
                 width,
-                format!("one of {WIDTHS:?} bits"),
+                format!("one of {:?} bits", WIDTHS.map(Width::bits)),
             ));
         }
         Ok(())
@@ -248,7 +320,7 @@ impl SideCheck<'_> {
         if given == shape.iter().product::<usize>() {
             return Ok(());
         }
-        Err(self.shape(what, format!("[{given}]"), format!("{shape:?}")))
+        Err(self.wrong_shape(what, format!("[{given}]"), format!("{shape:?}")))
     }
 
     fn check_finite(&self, what: &str, values: &[f32]) -> Result<(), PresetError> {
@@ -258,7 +330,7 @@ impl SideCheck<'_> {
         Err(PresetError::NonFinite { layer: self.layer, side: self.side, what: what.to_owned() })
     }
 
-    fn shape(&self, what: &str, given: String, expected: String) -> PresetError {
+    fn wrong_shape(&self, what: &str, given: String, expected: String) -> PresetError {
         PresetError::Shape { layer: self.layer, side: self.side, what: what.to_owned(), given, expected }
     }
 }

@@ -2,23 +2,16 @@
 //! metadata of a safetensors file is another, with `layer_rope` in place of `layers`.
 //!
 //! Nearly everything is optional here, so that what is absent is reported by name and not by the parser.
-//! Sequences stop at the format's limits while they are parsed: `[{},{},…` costs 3 bytes an element on disk
-//! and far more in memory.
 
 use std::fmt;
-use std::marker::PhantomData;
 
-use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, SeqAccess, Visitor};
-use serde::ser::SerializeSeq;
+use kvlathe_codec::{MAX_HEAD_DIM, Pairing, Rope};
+use serde::de::{self, Deserializer, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
-use serde_json::value::RawValue;
-use serde_json::{Map, Value};
 
-use crate::validate::check_version;
-use crate::{LatheMeta, MAX_HEAD_DIM, MAX_KV_HEADS, MAX_LAYERS, Meta, Pairing, PresetError, RopeDescription};
-
-/// Largest free-form section, in bytes of JSON. Parsed JSON can take a hundred times the memory of its text.
-const MAX_FREE_BYTES: usize = 1 << 20;
+use crate::limited_wire::{Bounded, Free, MAX_FREE_BYTES, Matrix, Numbers};
+use crate::validate::{check_rope, check_version, largest_key, validate_meta};
+use crate::{LatheMeta, LayerShape, MAX_KV_HEADS, MAX_LAYERS, Meta, PresetError, UNIFORM_VERSION};
 
 #[derive(Default, Serialize, Deserialize)]
 pub(crate) struct FileWire {
@@ -42,11 +35,16 @@ struct LatheWire {
     #[serde(default)]
     library_version: String,
     n_kv_heads: Option<usize>,
+    /// KV heads, components of a key and of a value; `null` for a layer that is not coded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    layer_shapes: Option<Bounded<Option<[usize; 3]>, MAX_LAYERS>>,
     block_len: Option<usize>,
     n_sinks: Option<usize>,
     bits_per_value: Option<f64>,
     #[serde(default)]
     fingerprint: String,
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    cache_fingerprint: String,
     #[serde(default)]
     model_type: String,
     #[serde(default)]
@@ -61,9 +59,24 @@ struct LatheWire {
 
 #[derive(Serialize, Deserialize)]
 struct RopeWire {
-    pairing: Pairing,
+    pairing: PairingWire,
     rotary_dim: usize,
     inv_freq: Bounded<f64, MAX_HEAD_DIM>,
+}
+
+/// A [`Pairing`] by its name.
+struct PairingWire(Pairing);
+
+impl Serialize for PairingWire {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.0.name())
+    }
+}
+
+impl<'de> Deserialize<'de> for PairingWire {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map(Self).map_err(de::Error::custom)
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -101,7 +114,7 @@ impl StreamWire {
 }
 
 impl FileWire {
-    /// The metadata, not yet validated.
+    /// The metadata. It is validated, so every size is bounded before any array is looked at.
     pub fn take_meta(&mut self) -> Result<Meta, PresetError> {
         let missing = || PresetError::missing("model");
         let model = self.model.take().ok_or_else(missing)?;
@@ -112,8 +125,15 @@ impl FileWire {
         // 16 bits a number before, one int8 a coefficient after.
         let by_rank = 16.0 * head_dim as f64 / (8.0 * rank as f64);
         let compression_ratio = self.compression_ratio.unwrap_or(by_rank);
-        let lathe = self.kvlathe.take().map(LatheWire::into_meta).transpose()?;
-        Ok(Meta { model, rank, head_dim, n_layers, n_heads, compression_ratio, lathe })
+        let (lathe, ropes) = self.kvlathe.take().map(LatheWire::into_meta).transpose()?.unzip();
+        let mut meta = Meta { model, rank, head_dim, n_layers, n_heads, compression_ratio, lathe };
+        validate_meta(&meta)?;
+        if let (Some(lathe), Some(ropes)) = (&mut meta.lathe, ropes) {
+            let most = largest_key(lathe, head_dim);
+            let ropes = ropes.into_iter().enumerate().map(|(index, rope)| rope.into_rope(index, most));
+            lathe.rope = ropes.collect::<Result<_, _>>()?;
+        }
+        Ok(meta)
     }
 
     pub fn from_meta(meta: &Meta) -> Self {
@@ -132,48 +152,68 @@ impl FileWire {
 }
 
 impl LatheWire {
-    fn into_meta(self) -> Result<LatheMeta, PresetError> {
-        let rope = self.rope.0.into_iter().map(|rope| RopeDescription {
-            pairing: rope.pairing,
-            rotary_dim: rope.rotary_dim,
-            inv_freq: rope.inv_freq.0,
-        });
-        Ok(LatheMeta {
-            format_version: require(self.format_version, "kvlathe.format_version")?,
+    /// All but the rotations, and those as they are written.
+    fn into_meta(self) -> Result<(LatheMeta, Vec<RopeWire>), PresetError> {
+        let format_version = require(self.format_version, "kvlathe.format_version")?;
+        let shape =
+            |[n_kv_heads, key_dim, value_dim]: [usize; 3]| LayerShape { n_kv_heads, key_dim, value_dim };
+        // An unknown key in older versions, so it is ignored there.
+        let layer_shapes = self.layer_shapes.filter(|_| format_version > UNIFORM_VERSION);
+        let lathe = LatheMeta {
+            format_version,
+            layer_shapes: layer_shapes.map(|shapes| shapes.0.into_iter().map(|one| one.map(shape)).collect()),
             library_version: self.library_version,
             n_kv_heads: require(self.n_kv_heads, "kvlathe.n_kv_heads")?,
             block_len: require(self.block_len, "kvlathe.block_len")?,
             n_sinks: require(self.n_sinks, "kvlathe.n_sinks")?,
             bits_per_value: require(self.bits_per_value, "kvlathe.bits_per_value")?,
             fingerprint: self.fingerprint,
+            cache_fingerprint: self.cache_fingerprint,
             model_type: self.model_type,
             created: self.created,
             calibration: self.calibration.0,
             measured: self.measured.0,
-            rope: rope.collect(),
-        })
+            rope: Vec::new(),
+        };
+        Ok((lathe, self.rope.0))
     }
 
     fn from_meta(lathe: &LatheMeta) -> Self {
         let rope = lathe.rope.iter().map(|rope| RopeWire {
-            pairing: rope.pairing,
-            rotary_dim: rope.rotary_dim,
-            inv_freq: Bounded(rope.inv_freq.clone()),
+            pairing: PairingWire(rope.pairing()),
+            rotary_dim: rope.rotary_dim(),
+            inv_freq: Bounded(rope.inv_freq().to_vec()),
         });
         Self {
             format_version: Some(lathe.format_version),
             library_version: lathe.library_version.clone(),
             n_kv_heads: Some(lathe.n_kv_heads),
+            layer_shapes: lathe.layer_shapes.as_ref().map(|shapes| {
+                let sizes = |shape: LayerShape| [shape.n_kv_heads, shape.key_dim, shape.value_dim];
+                Bounded(shapes.iter().map(|shape| shape.map(sizes)).collect())
+            }),
             block_len: Some(lathe.block_len),
             n_sinks: Some(lathe.n_sinks),
             bits_per_value: Some(lathe.bits_per_value),
             fingerprint: lathe.fingerprint.clone(),
+            cache_fingerprint: lathe.cache_fingerprint.clone(),
             model_type: lathe.model_type.clone(),
             created: lathe.created.clone(),
             calibration: Free(lathe.calibration.clone()),
             measured: Free(lathe.measured.clone()),
             rope: Bounded(rope.collect()),
         }
+    }
+}
+
+impl RopeWire {
+    fn into_rope(self, index: usize, head_dim: usize) -> Result<Rope, PresetError> {
+        let Self { pairing: PairingWire(pairing), rotary_dim, inv_freq: Bounded(inv_freq) } = self;
+        // Before the codec does, which cannot say where it stands.
+        check_rope(index, head_dim, rotary_dim, &inv_freq)?;
+        Rope::new(pairing, rotary_dim, inv_freq).map_err(|error| {
+            PresetError::invalid(format!("kvlathe.rope[{index}]"), error, "a rotation that the codec has")
+        })
     }
 }
 
@@ -247,165 +287,5 @@ impl<'de> Deserialize<'de> for Streams {
             }
         }
         deserializer.deserialize_seq(Elements)
-    }
-}
-
-/// A free-form JSON object of at most [`MAX_FREE_BYTES`].
-#[derive(Default, Serialize)]
-struct Free(Map<String, Value>);
-
-impl<'de> Deserialize<'de> for Free {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = <&RawValue>::deserialize(deserializer)?.get();
-        if text.len() > MAX_FREE_BYTES {
-            let given = text.len();
-            return Err(de::Error::custom(format!(
-                "a section of {given} bytes, at most {MAX_FREE_BYTES} are allowed"
-            )));
-        }
-        serde_json::from_str(text)
-            .map(Self)
-            .map_err(|error| de::Error::custom(format!("a broken section: {error}")))
-    }
-}
-
-/// A sequence of at most `N` elements.
-pub(crate) struct Bounded<T, const N: usize>(pub Vec<T>);
-
-impl<T, const N: usize> Default for Bounded<T, N> {
-    fn default() -> Self {
-        Self(Vec::new())
-    }
-}
-
-impl<T: Serialize, const N: usize> Serialize for Bounded<T, N> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        self.0.serialize(serializer)
-    }
-}
-
-impl<'de, T: Deserialize<'de>, const N: usize> Deserialize<'de> for Bounded<T, N> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Elements<T, const N: usize>(PhantomData<T>);
-        impl<'de, T: Deserialize<'de>, const N: usize> Visitor<'de> for Elements<T, N> {
-            type Value = Vec<T>;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "a list of at most {N} entries")
-            }
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
-                let mut elements = Vec::new();
-                while let Some(element) = seq.next_element()? {
-                    if elements.len() == N {
-                        return Err(de::Error::custom(format!("a list of more than {N} entries")));
-                    }
-                    elements.push(element);
-                }
-                Ok(elements)
-            }
-        }
-        deserializer.deserialize_seq(Elements::<T, N>(PhantomData)).map(Self)
-    }
-}
-
-/// A list of at most [`MAX_HEAD_DIM`] numbers. `null`, which Python writes for nothing but people do, becomes
-/// NaN, so that validation can say where it stands.
-pub(crate) struct Numbers(pub Vec<f32>);
-
-impl Serialize for Numbers {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        self.0.serialize(serializer)
-    }
-}
-
-impl<'de> Deserialize<'de> for Numbers {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let mut numbers = Vec::new();
-        Row { numbers: &mut numbers }.deserialize(deserializer)?;
-        Ok(Self(numbers))
-    }
-}
-
-/// Appends a list of numbers to `numbers` and returns how many there were.
-struct Row<'a> {
-    numbers: &'a mut Vec<f32>,
-}
-
-impl<'de> DeserializeSeed<'de> for Row<'_> {
-    type Value = usize;
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<usize, D::Error> {
-        deserializer.deserialize_seq(self)
-    }
-}
-
-impl<'de> Visitor<'de> for Row<'_> {
-    type Value = usize;
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "a list of at most {MAX_HEAD_DIM} numbers")
-    }
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<usize, A::Error> {
-        let mut n = 0;
-        while let Some(number) = seq.next_element::<Option<f32>>()? {
-            if n == MAX_HEAD_DIM {
-                return Err(de::Error::custom(format!("a list of more than {MAX_HEAD_DIM} numbers")));
-            }
-            self.numbers.push(number.unwrap_or(f32::NAN));
-            n += 1;
-        }
-        Ok(n)
-    }
-}
-
-/// A list of rows, kept row-major.
-pub(crate) struct Matrix {
-    pub data: Vec<f32>,
-    pub n_rows: usize,
-    /// Length of the first row.
-    pub n_cols: usize,
-    /// The first row that is not as long as row 0, and its length.
-    pub ragged: Option<(usize, usize)>,
-}
-
-impl Matrix {
-    /// `data` has a multiple of `n_cols` numbers.
-    pub fn new(data: Vec<f32>, n_cols: usize) -> Self {
-        Self { n_rows: data.len() / n_cols.max(1), data, n_cols, ragged: None }
-    }
-}
-
-impl Serialize for Matrix {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut rows = serializer.serialize_seq(Some(self.n_rows))?;
-        for row in self.data.chunks_exact(self.n_cols.max(1)) {
-            rows.serialize_element(row)?;
-        }
-        rows.end()
-    }
-}
-
-impl<'de> Deserialize<'de> for Matrix {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Rows;
-        impl<'de> Visitor<'de> for Rows {
-            type Value = Matrix;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "a list of at most {MAX_HEAD_DIM} rows of numbers")
-            }
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Matrix, A::Error> {
-                let mut matrix = Matrix { data: Vec::new(), n_rows: 0, n_cols: 0, ragged: None };
-                while let Some(len) = seq.next_element_seed(Row { numbers: &mut matrix.data })? {
-                    if matrix.n_rows == MAX_HEAD_DIM {
-                        return Err(de::Error::custom(format!("a list of more than {MAX_HEAD_DIM} rows")));
-                    }
-                    if matrix.n_rows == 0 {
-                        matrix.n_cols = len;
-                    } else if len != matrix.n_cols && matrix.ragged.is_none() {
-                        matrix.ragged = Some((matrix.n_rows, len));
-                    }
-                    matrix.n_rows += 1;
-                }
-                Ok(matrix)
-            }
-        }
-        deserializer.deserialize_seq(Rows)
     }
 }

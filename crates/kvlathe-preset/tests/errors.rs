@@ -87,6 +87,9 @@ fn json() {
         let error = Preset::from_bytes(broken.as_bytes()).unwrap_err();
         assert!(matches!(error, PresetError::Json { .. }), "{error}");
     }
+    let pairing = text.replacen("half_split", "spiral", 1);
+    let error = Preset::from_bytes(pairing.as_bytes()).unwrap_err().to_string();
+    assert!(error.contains("pairing \"spiral\", expected \"half_split\" or \"interleaved\""), "{error}");
     let deep = format!("{{\"kvlathe\": {{\"calibration\": {{\"a\": {}", "[".repeat(100_000));
     assert!(matches!(Preset::from_bytes(deep.as_bytes()), Err(PresetError::Json { .. })));
 }
@@ -254,9 +257,13 @@ fn unsupported_version() {
     let mut tree = tree(&sample(1, 1, 4, 2));
     tree["kvlathe"]["format_version"] = (FORMAT_VERSION + 1).into();
     let is_newer = |tree: &Value| {
-        matches!(read_tree(tree), Err(PresetError::UnsupportedVersion { given: 3, supported: 2 }))
+        matches!(read_tree(tree), Err(PresetError::UnsupportedVersion { given: 5, supported: 4 }))
     };
     assert!(is_newer(&tree));
+    assert_eq!(
+        message(read_tree(&tree)),
+        "this preset has format version 5 and this library reads up to 4; upgrade kvlathe"
+    );
     // A newer version may have turned anything else around.
     tree["kvlathe"]["rope"] = "learnt".into();
     assert!(is_newer(&tree));
@@ -308,6 +315,9 @@ fn invalid_in_memory() {
     let mut preset = sample(2, 1, 4, 2);
     preset.meta.lathe.as_mut().unwrap().bits_per_value = f64::NAN;
     assert_invalid(preset.validate(), "bits_per_value");
+    let mut preset = sample(2, 1, 4, 2);
+    preset.meta.lathe.as_mut().unwrap().cache_fingerprint = "A".repeat(64);
+    assert_invalid(preset.validate(), "kvlathe.cache_fingerprint");
     let mut preset = sample(2, 1, 4, 2);
     preset.meta.compression_ratio = f64::INFINITY;
     assert_invalid(preset.validate(), "compression_ratio");

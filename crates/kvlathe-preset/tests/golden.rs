@@ -1,4 +1,4 @@
-//! Files of versions 1 and 2 stay readable, and version 2 is written as it always was.
+//! Files of versions 1 and 2 stay readable, version 2 is written as it always was, and so is version 3.
 //!
 //! `KVLATHE_BLESS=1 cargo test -p kvlathe-preset --test golden` writes the lathe files anew. Do that only
 //! together with a new format version.
@@ -7,7 +7,7 @@ mod common;
 
 use std::path::PathBuf;
 
-use common::{bits, sample};
+use common::{bits, partial_sample, sample};
 use kvlathe_preset::{Preset, Side};
 
 fn golden(name: &str) -> PathBuf {
@@ -34,14 +34,37 @@ fn seed() {
 fn lathe() {
     let expected = sample(3, 2, 4, 2);
     if std::env::var_os("KVLATHE_BLESS").is_some() {
-        expected.write(golden("lathe-v2.json")).unwrap();
-        expected.write(golden("lathe-v2.safetensors")).unwrap();
+        expected.write(golden("lathe-v3.json")).unwrap();
+        expected.write(golden("lathe-v3.safetensors")).unwrap();
     }
-    let text = std::fs::read_to_string(golden("lathe-v2.json")).unwrap();
+    assert_written_as(&expected, "lathe-v3");
+}
+
+/// Version 4 is that of presets whose layers differ.
+#[test]
+fn version_4() {
+    let expected = partial_sample();
+    if std::env::var_os("KVLATHE_BLESS").is_some() {
+        expected.write(golden("lathe-v4.json")).unwrap();
+        expected.write(golden("lathe-v4.safetensors")).unwrap();
+    }
+    assert_written_as(&expected, "lathe-v4");
+}
+
+/// The same preset as it was in version 2.
+#[test]
+fn version_2() {
+    let mut expected = sample(3, 2, 4, 2);
+    expected.meta.lathe.as_mut().unwrap().format_version = 2;
+    assert_written_as(&expected, "lathe-v2");
+}
+
+fn assert_written_as(expected: &Preset, name: &str) {
+    let text = std::fs::read_to_string(golden(&format!("{name}.json"))).unwrap();
     assert_eq!(expected.to_json_string().unwrap(), text);
     let expected = expected.rounded();
-    for name in ["lathe-v2.json", "lathe-v2.safetensors"] {
-        let preset = Preset::read(golden(name)).unwrap();
+    for name in [format!("{name}.json"), format!("{name}.safetensors")] {
+        let preset = Preset::read(golden(&name)).unwrap();
         assert_eq!(preset, expected, "{name}");
         assert_eq!(bits(&preset), bits(&expected), "{name}");
     }

@@ -3,11 +3,13 @@
 mod common;
 
 use common::{bits, orthonormal, read_tree, sample, seed_sample, tree};
-use kvlathe_preset::{Preset, PresetError, Side};
+use kvlathe_preset::{Pairing, Preset, PresetError, Rope, Side};
 
 #[test]
 fn both_formats_give_the_rounded_preset() {
-    for preset in [sample(4, 3, 8, 5), sample(1, 1, 2, 1), seed_sample()] {
+    let mut with_both_fingerprints = sample(1, 1, 2, 1);
+    with_both_fingerprints.meta.lathe.as_mut().unwrap().cache_fingerprint = "fedcba9876543210".repeat(4);
+    for preset in [sample(4, 3, 8, 5), sample(1, 1, 2, 1), with_both_fingerprints, seed_sample()] {
         let from_json = Preset::from_bytes(preset.to_json_string().unwrap().as_bytes()).unwrap();
         let from_safetensors = Preset::from_bytes(&preset.to_safetensors_bytes().unwrap()).unwrap();
         let rounded = preset.rounded();
@@ -48,7 +50,7 @@ fn odd_numbers_survive() {
     stream.importance = vec![f32::MIN_POSITIVE, f32::MAX, 1.0e-45, 8_388_609.5];
     preset.layers[0].value.shared.as_mut().unwrap().mean = vec![-0.0, 3.402_823e38, 1.0 / 3.0, 1.1e-38];
     let lathe = preset.meta.lathe.as_mut().unwrap();
-    lathe.rope[0].inv_freq = vec![1.0 / 3.0, 5e-324];
+    lathe.rope[0] = Rope::new(Pairing::HalfSplit, 4, vec![1.0 / 3.0, 5e-324]).unwrap();
     lathe.bits_per_value = 0.1 + 0.2;
     let json = Preset::from_bytes(preset.to_json_string().unwrap().as_bytes()).unwrap();
     let safetensors = Preset::from_bytes(&preset.to_safetensors_bytes().unwrap()).unwrap();

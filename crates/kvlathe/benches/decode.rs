@@ -39,6 +39,6 @@ fn attend<const THREADS: usize>(bencher: divan::Bencher<'_, '_>, n_tokens: usize
     let mut out = vec![bf16::ZERO; queries.len()];
     bencher.bench_local(|| {
         let view = TensorView::contiguous(&queries, [1, query_heads, 1, head_dim]).expect("whole queries");
-        layer.attend(black_box(view), options, &mut out, THREADS).expect("a fitting shape");
+        layer.attend(black_box(view), options, &mut out, None, THREADS).expect("a fitting shape");
     });
 }

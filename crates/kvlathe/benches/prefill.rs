@@ -52,6 +52,6 @@ fn attend<const N_TOKENS: usize>(bencher: divan::Bencher<'_, '_>, n_threads: usi
     bencher.counter(ItemsCount::new(CHUNK)).bench_local(|| {
         let shape = [1, query_heads, CHUNK, shipped.head_dim];
         let view = TensorView::contiguous(&queries, shape).expect("whole queries");
-        layer.attend(view, options, &mut out, n_threads).expect("a fitting shape");
+        layer.attend(view, options, &mut out, None, n_threads).expect("a fitting shape");
     });
 }

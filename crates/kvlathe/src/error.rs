@@ -18,6 +18,9 @@ pub enum Error {
     /// The cache.
     #[error(transparent)]
     Cache(#[from] kvlathe_cache::CacheError),
+    /// A file of a saved cache.
+    #[error(transparent)]
+    Container(#[from] kvlathe_prefix::container::ContainerError),
     /// A preset of the seed's kind where one with streams is needed.
     #[error(
         "the preset of {model} has no calibrated streams (a seed-style file), so {operation} cannot be done; calibrate one with `kvlathe tune`"
@@ -28,6 +31,11 @@ pub enum Error {
         /// What was asked for.
         operation: &'static str,
     },
+    /// A cache of a layer that the preset does not code.
+    #[error(
+        "the preset does not code this layer, so it has no sizes for a cache of it; make one of exact tokens with LayerCache::new and Coding::Exact"
+    )]
+    NotCoded,
     /// A rate below the side information.
     #[error(
         "{given:.3} bits a value cannot be reached, side information alone takes {least:.3} at this head_dim and block length"

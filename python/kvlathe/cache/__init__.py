@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from .dynamic_cache import CompressedDynamicCache, load_preset_cache
+from . import saving  # noqa: F401, what reads saved caches
+from .dynamic_cache import CompressedDynamicCache
+from .preset_cache import load_preset_cache
 
 __all__ = ["CompressedDynamicCache", "load_preset_cache"]

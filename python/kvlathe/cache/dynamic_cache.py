@@ -1,29 +1,37 @@
-"""`CompressedDynamicCache` and `load_preset_cache`: the seed API's entry points."""
+"""`CompressedDynamicCache`: a `DynamicCache` that holds keys and values compressed."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..compressors import IdentityCompressor
 from ..devices import available_device
-from ..errors import CacheStateError, ModelError, PresetError, RollbackError, ShapeError
+from ..errors import CacheStateError, ModelError, PresetError, ShapeError
+from ..given_model import input_device, transformers_model
+from ..model_identity import model_identity
 from ..preset import Preset, Side, warn_if_unverified
 from ..preset_compressors import preset_compressor
+from ..saved import by_maker
+from .builder import make_layers
+from .container import SavedCache, write_cache
+from .expansions import Expansions
 from .layer import CompressedLayer
-from .layer_kinds import LayerKind, holds_recurrent_state, layer_kinds
-from .layer_store import Policy
+from .layer_kinds import Stock, layer_kinds
 from .memory_stats import memory_stats
 from .padding import PaddedRows
 from .passes import Pass, Passes
 from .recurrent_states import RecurrentStates
-from .window import WindowLayer
+
+# What a pickled cache does without.
+_OF_THIS_PROCESS = ("_passes", "_expansions", "_is_asked", "_model")
 
 
 class CompressedDynamicCache(RecurrentStates):
@@ -55,6 +63,9 @@ class CompressedDynamicCache(RecurrentStates):
         0
     """
 
+    #: Of a cache that was loaded: the ids that it was saved with, [B, n_tokens]; else None.
+    loaded_token_ids: Tensor | None = None
+
     def __init__(
         self,
         k_compressors: Sequence[nn.Module],
@@ -79,45 +90,27 @@ class CompressedDynamicCache(RecurrentStates):
         config: PreTrainedConfig | None,
         device: torch.device | None,
     ) -> None:
-        for name, given in (
-            ("num_layers", num_layers),
-            ("compress_start_len", compress_start_len),
-            ("uncompressed_tail", uncompressed_tail),
-        ):
-            if not isinstance(given, int) or isinstance(given, bool) or given < (name == "num_layers"):
-                least = 1 if name == "num_layers" else 0
-                raise ShapeError(f"{name} is {given!r}, expected a whole number, at least {least}")
-        for name, compressors in (("k_compressors", k_compressors), ("v_compressors", v_compressors)):
-            if len(compressors) != num_layers:
-                raise ShapeError(
-                    f"{name} has {len(compressors)} entries for num_layers={num_layers}; one a layer is needed"
-                )
-            for layer, compressor in enumerate(compressors):
-                if not (
-                    callable(getattr(compressor, "compress", None))
-                    and callable(getattr(compressor, "expand", None))
-                ):
-                    raise PresetError(
-                        f"{name}[{layer}] is a {type(compressor).__name__} without compress() and expand()"
-                    )
-        kinds = [LayerKind()] * num_layers if config is None else layer_kinds(config, num_layers)
-        layers: list[Any] = []
-        for kind, k_compressor, v_compressor in zip(kinds, k_compressors, v_compressors, strict=True):
-            n_sinks = max(int(getattr(c, "n_sinks", 0)) for c in (k_compressor, v_compressor))
-            policy = Policy(n_sinks, compress_start_len, uncompressed_tail)
-            if kind.stock is not None:
-                layers.append(kind.stock)
-            elif kind.sliding_window is not None:
-                layers.append(WindowLayer(k_compressor, v_compressor, policy, kind.sliding_window, device))
-            else:
-                layers.append(CompressedLayer(k_compressor, v_compressor, policy, device))
+        layers = make_layers(
+            k_compressors, v_compressors, num_layers, compress_start_len, uncompressed_tail, config, device
+        )
         super().__init__()
         # A fixed list of layers instead of one class to replicate: a model with more layers must not go on unnoticed.
         self.layers = layers
         self.layer_class_to_replicate = None
         self.compress_start_len = compress_start_len
         self.uncompressed_tail = uncompressed_tail
+        # The identity of the weights that a loaded cache was computed with, "" if unknown.
+        self._weights = ""
+        self._begin_process()
+
+    def _begin_process(self) -> None:
+        """Whose turn it is, and what was told."""
         self._passes = Passes()
+        self._expansions = Expansions()
+        # Whether compiled code has asked for its mask since the last update.
+        self._is_asked = False
+        # The model that it was made for, as long as somebody holds it.
+        self._model: ref[nn.Module] | None = None
 
     @classmethod
     def from_preset(
@@ -141,6 +134,7 @@ class CompressedDynamicCache(RecurrentStates):
         config = model.config if model is not None else None
         cache = cls._from_preset(preset, config, compress_start_len, uncompressed_tail, device)
         if model is not None:
+            cache._model = ref(model)
             warn_if_unverified(preset)
         return cache
 
@@ -155,6 +149,7 @@ class CompressedDynamicCache(RecurrentStates):
     ) -> CompressedDynamicCache:
         if config is not None:
             preset.check_model(config)
+            _check_kinds(preset, config)
         k_compressors = [preset_compressor(preset, layer, "key") for layer in range(preset.n_layers)]
         v_compressors = [preset_compressor(preset, layer, "value") for layer in range(preset.n_layers)]
         cache = cls.__new__(cls)
@@ -170,42 +165,157 @@ class CompressedDynamicCache(RecurrentStates):
         )
         return cache
 
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        token_ids: Tensor | Sequence[Any] | None = None,
+        *,
+        model: nn.Module | None = None,
+    ) -> None:
+        """Write the cache to one file, which `load` reads in any process. The file appears whole or not at all.
+
+        Args:
+            token_ids: [B, n_tokens], of the tokens held; more behind them, as ``generate`` returns, are left out.
+            model: whose identity is written, so that no other weights go on from here; by default `from_preset`'s.
+
+        Raises:
+            ContainerError: the file cannot be written; the old one is as it was.
+            ShapeError: ids of other tokens than the cache holds.
+            PresetError: a cache that is not made from one calibrated preset.
+            ModelError: layers that are transformers' own, or weights that are not there.
+            CacheStateError: an empty cache, layers that are unlike, or another thread at work on them.
+        """
+        if model is None and self._model is not None:
+            model = self._model()
+        weights = self._weights if model is None else model_identity(model)
+        with self._passes.unchanged("save()"):
+            write_cache(self.layers, path, token_ids, weights)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        preset: Preset | None = None,
+        model: PreTrainedModel | None = None,
+        device: str | torch.device | None = None,
+    ) -> CompressedDynamicCache:
+        """The cache that `save` has written. It goes on as that one would have, to the bit.
+
+        The file is mapped, and on the CPU attention reads the blocks in it: nobody may write to it meanwhile. All of it
+        is checked first.
+
+        Args:
+            preset: that packed it; by default the one of its digest that this process holds, or comes with the package.
+            model: checks that the cache is this model's, of the same weights where the file names them.
+            device: where the model's tensors are; by default where the model is, else the CPU.
+
+        Raises:
+            ContainerError: no such file, or one that is damaged, cut short, newer, or something else.
+            PresetError: another preset, none that is loaded, or a model of another config.
+            ModelError: a model of other weights.
+            DeviceError: a device that this machine lacks.
+        """
+        saved = SavedCache(path)
+        preset = saved.preset(preset)
+        if model is not None:
+            saved.check_model(preset, model)
+            device = device if device is not None else input_device(transformers_model(model))
+        wanted = available_device(device if device is not None else "cpu")
+        header = saved.header
+        cache = cls._from_preset(
+            preset, None, header["compress_start_len"], header["uncompressed_tail"], wanted
+        )
+        saved.fill(cache.layers, wanted)
+        cache.loaded_token_ids, cache._weights = saved.token_ids(), header["weights"]
+        if model is not None:
+            cache._model = ref(model)
+            warn_if_unverified(preset)
+        return cache
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add one layer's new keys and values; see `CompressedLayer.update`.
+        """Add one layer's new keys and values.
+
+        Returns:
+            All keys and values of the layer, lazily (`kvlathe.lazy`): attention is served from the blocks, everything
+            else meets ordinary tensors.
 
         Raises:
             ShapeError: a layer beyond ``num_layers``: the cache was made for another model.
             ModelError: a model with cross-attention that was handed this cache for both of its attentions.
             CacheStateError: another thread uses the cache as well.
         """
+        if torch.compiler.is_compiling():
+            return self._update_uncompiled(key_states, value_states, layer_idx, *args, **kwargs)
+
+        def hand_out(layer: CompressedLayer) -> tuple[torch.Tensor, torch.Tensor]:
+            return layer.hand_out(key_states, value_states, self._expansions, layer_idx)
+
+        return self._add(hand_out, key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _add(
+        self,
+        to_ours: Callable[[CompressedLayer], tuple[torch.Tensor, torch.Tensor]],
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add tokens: as ``to_ours`` does it to a layer of ours, to one of transformers' by its `update`."""
         if layer_idx >= len(self.layers):
             raise ShapeError(
                 f"the model has a layer {layer_idx}, this cache was made for {len(self.layers)} layers; "
                 f"pass num_layers=model.config.num_hidden_layers and a preset of this model"
             )
+        if self._is_asked:
+            self._is_asked = False
+            self._begin_pass()
         passes, layer = self._passes, self.layers[layer_idx]
-        entered = passes.enter("update()")
+        outermost = not passes.is_held
         try:
+            passes.enter("update()")
+            self._expansions.begin_layer()
             current = passes.current
             if current is not None:
                 self._check_pass(layer_idx, current)
-            expanded = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            if not isinstance(layer, CompressedLayer):
+                states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            else:
+                states = to_ours(layer)
+                if current is not None:
+                    passes.note(current, layer_idx, layer.get_seq_length())
+                else:
+                    # By hand, or by a model that makes its masks without asking us: nobody says if attention will come.
+                    layer.settle_or_take_back(key_states.shape[2])
             if current is None:
                 passes.see(None)
-            elif isinstance(layer, CompressedLayer):
-                passes.note(current, layer_idx, layer.get_seq_length())
         finally:
-            if entered:
+            if outermost:
                 passes.leave()
-        return expanded
+        return states
+
+    @torch.compiler.disable
+    def _update_uncompiled(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """For a compiled model: ordinary tensors, in the one place of a layer where its graph is left."""
+
+        def expand(layer: CompressedLayer) -> tuple[torch.Tensor, torch.Tensor]:
+            if layer.get_seq_length():
+                self._expansions.add(layer_idx, "its model is compiled, and graphs take ordinary tensors")
+            return layer.update(key_states, value_states)
+
+        return self._add(expand, key_states, value_states, layer_idx, *args, **kwargs)
 
     def note_padding(self, attention_mask: torch.Tensor) -> None:
         """Tell an empty cache that rows of the coming batch begin with padding: their first real tokens stay exact.
 
-        `attach` does it by itself. Call it without `attach`, before the first pass through the model. It serves layers
-        of full attention; in a sliding window the first ones of all rows, padding or not, are exact.
+        Models whose attention is torch's `scaled_dot_product_attention` show it in their masks, and so do attached
+        ones. Call it for others, before the first pass. It serves layers of full attention; in a sliding window the
+        first ones of all rows, padding or not, are exact.
 
         Args:
             attention_mask: [B, tokens], 0 for padding, as a tokenizer gives it.
@@ -216,10 +326,14 @@ class CompressedDynamicCache(RecurrentStates):
         """
         if attention_mask.dim() != 2:
             raise ShapeError(
-                f"the attention mask has the shape {list(attention_mask.shape)}, expected [batch, tokens]"
+                f"the attention mask has the shape {list(attention_mask.shape)}, expected [batch, tokens]; give the "
+                f"one that the tokenizer gave"
             )
         if self.get_seq_length():
-            raise CacheStateError("note_padding() comes before the first tokens; reset() empties the cache")
+            raise CacheStateError(
+                f"note_padding() comes before the first tokens, and this cache holds {self.get_seq_length()}; reset() "
+                f"empties it"
+            )
         rows = PaddedRows.of(attention_mask)
         for layer in self.layers:
             if isinstance(layer, CompressedLayer):
@@ -228,7 +342,12 @@ class CompressedDynamicCache(RecurrentStates):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens held; see `DynamicCache`."""
         n_tokens = super().get_seq_length(layer_idx)
-        self._passes.see(n_tokens)
+        # Layers with recurrent states count no tokens, nor do those that a model leaves out.
+        counts = n_tokens or not any(
+            isinstance(each, CompressedLayer) and each.held[0] for each in self.layers
+        )
+        if counts and not torch.compiler.is_compiling():
+            self._passes.see(n_tokens)
         return n_tokens
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -239,6 +358,14 @@ class CompressedDynamicCache(RecurrentStates):
                 short and left the layers unlike.
         """
         # Models ask for this before their first layer runs.
+        if torch.compiler.is_compiling():
+            # All that compiled code can do: the first update begins the pass.
+            self._is_asked = True
+        else:
+            self._begin_pass()
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def _begin_pass(self) -> None:
         self._passes.await_generation(self)
         compressed = [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
         # Some models leave layers out, always the same ones.
@@ -255,10 +382,7 @@ class CompressedDynamicCache(RecurrentStates):
             )
         if compressed:
             self._passes.begin(held[0][0] if held else 0, len(compressed))
-        for layer in compressed:
-            # Announced by a pass that did not come as far.
-            layer.attends_next, layer.padding_seen = False, None
-        return super().get_mask_sizes(query_length, layer_idx)
+        self._expansions.begin_pass()
 
     def _check_pass(self, layer_idx: int, current: Pass) -> None:
         """Refuse an update that is not the one which this thread's pass has come to."""
@@ -304,11 +428,7 @@ class CompressedDynamicCache(RecurrentStates):
             for index, layer in enumerate(self.layers):
                 if isinstance(layer, CompressedLayer):
                     layer.check_crop(tokens_to_remove if tokens_to_remove > 0 else removed[index])
-                elif min(removed) < 0 and holds_recurrent_state(layer):
-                    raise RollbackError(
-                        f"crop({tokens_to_remove}): layer {index} keeps a recurrent state, from which no token can be "
-                        f"removed; copy the cache before tokens that may be removed, or reset() and start again"
-                    )
+            self._check_states_crop(tokens_to_remove, -min(removed))
             self._passes.end()
             self._passes.see(None)
             for layer, n_tokens in zip(self.layers, removed, strict=True):
@@ -318,6 +438,7 @@ class CompressedDynamicCache(RecurrentStates):
         """Empty the cache, for a new sequence. Works in whatever state an exception has left the cache."""
         self._passes = self._passes.after_reset()
         super().reset()
+        self.loaded_token_ids, self._weights = None, ""
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Replace the batch by these of its rows, in this order; see `DynamicCache`."""
@@ -334,8 +455,33 @@ class CompressedDynamicCache(RecurrentStates):
         with self._passes.alone("batch_repeat_interleave()"):
             super().batch_repeat_interleave(repeats)
 
+    def __getstate__(self) -> dict[str, Any]:
+        with self._passes.unchanged("pickling"):
+            state = {name: held for name, held in self.__dict__.items() if name not in _OF_THIS_PROCESS}
+            # Copies share the packed blocks, and nobody changes them while they are written.
+            state["layers"] = [
+                copy.copy(layer) if isinstance(layer, CompressedLayer) else layer for layer in self.layers
+            ]
+            return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin_process()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = self.__getstate__()
+        layers = [
+            layer if isinstance(layer, CompressedLayer) else Stock(layer) for layer in state.pop("layers")
+        ]
+        return by_maker("cache", None if type(self) is CompressedDynamicCache else type(self), layers, state)
+
+    def __copy__(self) -> CompressedDynamicCache:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedDynamicCache:
-        with self._passes.alone("copy.deepcopy()"):
+        with self._passes.unchanged("copy.deepcopy()"):
             twin = object.__new__(type(self))
             memo[id(self)] = twin
             for name, value in self.__dict__.items():
@@ -357,15 +503,18 @@ class CompressedDynamicCache(RecurrentStates):
 
         Returns:
             total_bytes (and total_mb, 2^20 bytes): exact_bytes of sinks, tail and uncoded sides, plus coded_bytes
-            of packed blocks with their side information and padding. uncompressed_bytes_equivalent: what `DynamicCache`
+            of packed blocks with their side information and padding; imported_bytes of these lie in somebody else's
+            memory, such as a mapped file. uncompressed_bytes_equivalent: what `DynamicCache`
             would take, and compression_ratio, their quotient. bits_per_value: total bits over all numbers held.
             compressed_tokens (the most that any layer holds coded) and uncompressed_tokens add up to seq_len.
             window_layers: those that hold their sliding window only. stock_layers: transformers' own, with
-            stock_bytes, which are part of exact_bytes and of the equivalent, not of bits_per_value. The codec's own
-            tables, which all caches of a preset share, are not counted.
+            stock_bytes, which are part of exact_bytes and of the equivalent, not of bits_per_value. expanded_layers:
+            those that the latest pass expanded, as their attention could not be served from packed tokens. The codec's
+            own tables, which all caches of a preset share, are not counted.
         """
         return {
             **memory_stats(self.layers, self.get_seq_length()),
+            "expanded_layers": self._expansions.n_layers,
             "compress_start_len": self.compress_start_len,
             "uncompressed_tail": self.uncompressed_tail,
         }
@@ -378,44 +527,15 @@ class CompressedDynamicCache(RecurrentStates):
         )
 
 
-def load_preset_cache(
-    preset_path: str | os.PathLike[str],
-    num_layers: int,
-    device: str | torch.device = "cuda",
-    adaptive: bool = False,
-    compress_after: int = 512,
-    keep_recent: int = 256,
-    *,
-    config: PreTrainedConfig | None = None,
-) -> CompressedDynamicCache:
-    """An empty cache from a preset file, the seed's JSON or ours.
-
-    Seed-style presets compress values only (rank and int8), as the seed does; ours compress keys and values.
-
-    A preset whose quality was never measured at its rate gives an `UnverifiedPresetWarning`, once.
-
-    Args:
-        preset_path: a ``.json`` or ``.safetensors`` preset.
-        num_layers: the model's number of layers.
-        device: where the model's tensors are.
-        adaptive: keep sequences up to ``compress_after`` tokens and the last ``keep_recent`` tokens exact. Without
-            it everything is coded as soon as it fills a block, but for the first tokens that ours always keep.
-        compress_after: tokens.
-        keep_recent: tokens.
-        config: the model's; see `CompressedDynamicCache`. The preset is checked against it.
+def _check_kinds(preset: Preset, config: PreTrainedConfig) -> None:
+    """Refuse a preset that codes layers in which the model keeps something else than keys and values.
 
     Raises:
-        PresetError: a file that cannot be read as a preset, or one for another model or number of layers.
-        DeviceError: a device that this machine lacks.
-        ShapeError: negative lengths.
+        PresetError: with such layers.
     """
-    preset = Preset.load(preset_path)
-    if preset.n_layers != num_layers:
+    kinds = layer_kinds(config, preset.n_layers)
+    if others := [layer for layer in preset.coded_layers if not kinds[layer].is_coded]:
         raise PresetError(
-            f"the preset {os.fspath(preset_path)} is for {preset.meta['model']} with {preset.n_layers} layers, "
-            f"the model has {num_layers}; use the preset of this model"
+            f"the preset of {preset.meta['model']} codes keys and values of layers {others}, where this model keeps "
+            f"something else; use the preset of this model"
         )
-    warn_if_unverified(preset)
-    return CompressedDynamicCache._from_preset(
-        preset, config, compress_after if adaptive else 0, keep_recent if adaptive else 0, device
-    )

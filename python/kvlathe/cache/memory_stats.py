@@ -7,19 +7,22 @@ from typing import Any
 
 from .layer import CompressedLayer
 from .layer_kinds import tensor_bytes
-from .window import WindowLayer
+from .mixed_layer import CompressedMixedLayer
 
 
 def memory_stats(layers: Sequence[Any], seq_len: int) -> dict[str, int | float]:
     """What `CompressedDynamicCache.get_memory_stats` tells of a cache's layers that hold ``seq_len`` tokens."""
-    exact = coded = n_values = equivalent = stock = n_stock = 0
+    exact = coded = imported = n_values = equivalent = stock = n_stock = 0
     for layer in layers:
         if not isinstance(layer, CompressedLayer):
             stock, n_stock = stock + tensor_bytes(layer), n_stock + 1
             continue
-        layer_exact, layer_coded = layer.memory_use()
+        if isinstance(layer, CompressedMixedLayer):
+            stock += tensor_bytes(layer)
+        layer_exact, layer_coded, layer_imported = layer.memory_use()
         layer_values, layer_equivalent = layer.values_held()
         exact, coded = exact + layer_exact, coded + layer_coded
+        imported += layer_imported
         n_values, equivalent = n_values + layer_values, equivalent + layer_equivalent
     ours, total, equivalent = exact + coded, exact + coded + stock, equivalent + stock
     compressed = max(getattr(layer, "n_coded", 0) for layer in layers)
@@ -28,9 +31,10 @@ def memory_stats(layers: Sequence[Any], seq_len: int) -> dict[str, int | float]:
         "total_mb": total / 2**20,
         "exact_bytes": exact + stock,
         "coded_bytes": coded,
+        "imported_bytes": imported,
         "stock_bytes": stock,
         "num_layers": len(layers),
-        "window_layers": sum(isinstance(layer, WindowLayer) for layer in layers),
+        "window_layers": sum(isinstance(layer, CompressedLayer) and layer.is_sliding for layer in layers),
         "stock_layers": n_stock,
         "seq_len": seq_len,
         "compressed_tokens": compressed,

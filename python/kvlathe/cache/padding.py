@@ -14,33 +14,24 @@ All tokens from p + n on are in the slot of their own number, so blocks keep the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
-from weakref import ref
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..counts import is_count
 from ..errors import PaddingWarning, ShapeError
-
-Found = TypeVar("Found")
-
-
-class OfLatest(Generic[Found]):
-    """What a function finds of a tensor, kept while it is asked about the same one: layers of a pass share a mask."""
-
-    def __init__(self, find: Callable[..., Found]) -> None:
-        self._find = find
-        self._latest: tuple[ref[Tensor], tuple[Any, ...], Found] | None = None
-
-    def __call__(self, tensor: Tensor, *more: Any) -> Found:
-        latest = self._latest  # once: another thread may put its own there
-        if latest is None or latest[0]() is not tensor or latest[1] != more:
-            latest = self._latest = ref(tensor), more, self._find(tensor, *more)
-        return latest[2]
+from ..saved import by_maker, maker
 
 
+def _is_seen(mask: Tensor) -> Tensor:
+    """Of a mask that is bool, or added to scores."""
+    return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
+
+
+@maker("padded rows")
 @dataclass(frozen=True)
 class PaddedRows:
     """What is known of a batch before its first tokens come.
@@ -53,6 +44,14 @@ class PaddedRows:
     lengths: tuple[int, ...]
     n_tokens: int
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return by_maker("padded rows", self.lengths, self.n_tokens)
+
+    def __post_init__(self) -> None:
+        _check_lengths(self.lengths)
+        if not is_count(self.n_tokens):
+            raise ShapeError(f"padding of {self.n_tokens!r} tokens, expected a whole number, at least 0")
+
     @classmethod
     def of(cls, mask: Tensor) -> PaddedRows:
         """Of a mask [B, tokens] that is nonzero where there is a token to see."""
@@ -62,9 +61,20 @@ class PaddedRows:
         return cls(tuple(int(n) for n in lengths.tolist()), n_tokens)
 
     @classmethod
-    def of_first_pass(cls, mask: Tensor) -> PaddedRows:
-        """Of a bool mask [B, 1, T, T] that attention of the first tokens goes by: real tokens see themselves."""
-        return cls.of(mask[:, 0].diagonal(dim1=1, dim2=2))
+    def of_first_pass(cls, mask: Tensor, batch: int, n_tokens: int) -> PaddedRows | None:
+        """Of a mask that attention of the first tokens goes by: bool, or added to scores. Nobody sees padding.
+
+        Returns:
+            None for a mask of another shape than [1 or B, 1, T, T] or less dimensions: nothing is known then.
+        """
+        while mask.dim() < 4:
+            mask = mask[None]
+        if mask.dim() != 4 or mask.shape[0] not in (1, batch) or mask.shape[2:] != (n_tokens, n_tokens):
+            return None
+        mask = mask[:, 0]
+        # Real tokens mostly see themselves, which is quickly found; only else does it matter who else sees them.
+        rows = cls.of(_is_seen(mask.diagonal(dim1=1, dim2=2)))
+        return cls.of(_is_seen(mask.amax(1))) if any(rows.lengths) else rows
 
     def in_slots(self, n_new: int, batch: int, n_sinks: int) -> Padding | None:
         """How the ``n_new`` tokens of a first pass are kept, of a batch of as many rows or a multiple (beams).
@@ -93,50 +103,58 @@ class PaddedRows:
         return Padding(lengths, n_sinks)
 
 
+@maker("padding")
 class Padding:
     """Where the tokens of padded rows are kept. Immutable.
 
     Args:
         lengths: tokens of padding in front of each row.
         n_sinks: exact slots, at least 1.
+
+    Raises:
+        ShapeError: lengths that no rows have, or no exact slots.
     """
 
     def __init__(self, lengths: Sequence[int], n_sinks: int) -> None:
+        _check_lengths(lengths)
+        if not is_count(n_sinks) or n_sinks == 0:
+            raise ShapeError(f"padding with {n_sinks!r} exact slots a row, expected at least 1")
         self.lengths, self.n_sinks = tuple(lengths), n_sinks
         # Slots, and tokens, that are not where they would be without padding.
         self.reach = max(lengths) + n_sinks
-        slots = torch.arange(self.reach).repeat(len(lengths), 1)
-        padding = torch.tensor(self.lengths)[:, None]
-        moved = (slots < padding + n_sinks) & (padding > 0)
-        # [B, reach]: the token in each slot, and the slot of each token.
-        token = torch.where(slots < n_sinks, slots + padding, slots - n_sinks)
-        slot = torch.where(slots < padding, slots + n_sinks, slots - padding)
-        self._token, self._slot = torch.where(moved, token, slots), torch.where(moved, slot, slots)
+        self._indices: tuple[Tensor, Tensor] | None = None
+
+    def indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """[B, reach]: the token in each slot, and the slot of each token."""
+        if self._indices is None:
+            n_sinks = self.n_sinks
+            slots = torch.arange(self.reach).repeat(len(self.lengths), 1)
+            padding = torch.tensor(self.lengths)[:, None]
+            moved = (slots < padding + n_sinks) & (padding > 0)
+            token = torch.where(slots < n_sinks, slots + padding, slots - n_sinks)
+            slot = torch.where(slots < padding, slots + n_sinks, slots - padding)
+            self._indices = torch.where(moved, token, slots), torch.where(moved, slot, slots)
+        token, slot = self._indices
+        if token.device != device:
+            token, slot = self._indices = token.to(device), slot.to(device)
+        return token, slot
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return by_maker("padding", self.lengths, self.n_sinks)
 
     def to_slots(self, states: Tensor) -> Tensor:
         """Keys or values [B, H, T, D] of the first T ≥ `reach` tokens, in the order of slots."""
-        self._token = self._token.to(states.device)  # once
+        token, _ = self.indices(states.device)
         moved = states.clone()
         head = states[:, :, : self.reach]
-        moved[:, :, : self.reach] = head.gather(2, self._token[:, None, :, None].expand(head.shape))
+        moved[:, :, : self.reach] = head.gather(2, token[:, None, :, None].expand(head.shape))
         return moved
 
     def to_tokens(self, states: Tensor) -> None:
         """Puts expanded keys or values [B, H, T, D] into the order of tokens, in place."""
-        self._slot = self._slot.to(states.device)
+        _, slot = self.indices(states.device)
         head = states[:, :, : self.reach]
-        states[:, :, : self.reach] = head.gather(2, self._slot[:, None, :, None].expand(head.shape))
-
-    def mask_of_slots(self, mask: Tensor) -> Tensor:
-        """A mask of tokens [1 or B, 1, q, T] as one of slots [B, 1, q, T]."""
-        return _mask_of_slots(mask, self)
-
-    def _move_mask(self, mask: Tensor) -> Tensor:
-        self._token = self._token.to(mask.device)
-        moved = mask.expand(len(self.lengths), -1, -1, -1).clone()
-        head = moved[..., : self.reach]
-        moved[..., : self.reach] = head.gather(3, self._token[:, None, None, :].expand(head.shape))
-        return moved
+        states[:, :, : self.reach] = head.gather(2, slot[:, None, :, None].expand(head.shape))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Padding) and (self.lengths, self.n_sinks) == (other.lengths, other.n_sinks)
@@ -144,12 +162,41 @@ class Padding:
     def __hash__(self) -> int:
         return hash((self.lengths, self.n_sinks))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Padding:
+        return self  # immutable
+
+    def check(self, n_tokens: int, batch: int, n_sinks: int) -> None:
+        """Refuse to say where a layer with so many tokens, rows and sinks keeps them, if that cannot be.
+
+        Raises:
+            ShapeError
+        """
+        if len(self.lengths) != batch or self.n_sinks != n_sinks or self.reach > n_tokens:
+            raise ShapeError(
+                f"padding of {len(self.lengths)} rows with {self.n_sinks} exact slots, which moves {self.reach} "
+                f"tokens, for a layer of {batch} rows with {n_sinks} sinks and {n_tokens} tokens; export and import "
+                f"all parts of one layer"
+            )
+
     def select(self, rows: Sequence[int]) -> Padding:
         """That of a batch of these rows."""
         lengths = tuple(self.lengths[row] for row in rows)
         return self if lengths == self.lengths else Padding(lengths, self.n_sinks)
 
 
-# For the layers of one pass: of the latest mask only, which the next pass's replaces.
-padded_rows_of_first_pass = OfLatest(PaddedRows.of_first_pass)
-_mask_of_slots = OfLatest(lambda mask, padding: padding._move_mask(mask))
+def _check_lengths(lengths: Sequence[int]) -> None:
+    if not lengths or not all(is_count(n) for n in lengths):
+        raise ShapeError(
+            f"rows with {lengths!r} tokens of padding, expected a whole number for each, at least 0"
+        )
+
+
+def mask_of_slots(mask: Tensor, padding: Padding) -> Tensor:
+    """A mask of tokens [1 or B, 1, q, T] as one of slots [B, 1, q, T]. For a `PassMemo`: layers with equal padding
+    share it.
+    """
+    token, _ = padding.indices(mask.device)
+    moved = mask.expand(len(padding.lengths), -1, -1, -1).clone()
+    head = moved[..., : padding.reach]
+    moved[..., : padding.reach] = head.gather(3, token[:, None, None, :].expand(head.shape))
+    return moved

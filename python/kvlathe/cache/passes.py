@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
 
+from transformers import Cache
+
 from ..errors import CacheStateError
 
 _ADVICE = "give each thread a cache of its own (copy.deepcopy shares the packed blocks), or reset() this one"
@@ -37,15 +39,24 @@ class Pass:
     updated: set[int] = field(default_factory=set)
 
 
+def _is_of(given: Any, cache: Any) -> bool:
+    """Whether something is the cache, or an encoder-decoder's that has it."""
+    return isinstance(given, Cache) and getattr(given, "self_attention_cache", given) is cache
+
+
 def _generates(thread: int, cache: Any) -> bool:
     """Whether a thread is in transformers' `generate` with this cache."""
+    # Its frames say so, as nothing else does. A call's end reaches no cache, and a thread that lives may be between two
+    # passes or long done with them (a pool's); of what lives as long as the call, a kept traceback keeps all alive.
     frame = sys._current_frames().get(thread)
     while frame is not None:
         if frame.f_code.co_name == "generate" and frame.f_globals.get("__name__", "").startswith(
             "transformers."
         ):
-            given = frame.f_locals.get("kwargs", {}).get("past_key_values")
-            if getattr(given, "self_attention_cache", given) is cache:
+            # By whatever name it was given: that changes from release to release.
+            held = list(frame.f_locals.values())
+            held += [value for each in held if isinstance(each, dict) for value in list(each.values())]
+            if any(_is_of(each, cache) for each in held):
                 return True
         frame = frame.f_back
     return False
@@ -66,6 +77,8 @@ class Passes:
         self._seen: dict[int, int] = {}
         # At most one entry; `setdefault` is atomic.
         self._holder: dict[str, int] = {}
+        # Threads that look at all layers, for as many calls each. They may do so together.
+        self._lookers: dict[int, int] = {}
 
     def see(self, n_tokens: int | None) -> None:
         """This thread knows how many tokens the cache holds; None: it has to look again."""
@@ -121,35 +134,64 @@ class Passes:
         Raises:
             CacheStateError: another thread is at work on the cache, or in the middle of a pass.
         """
-        entered = self.enter(doing)
+        outermost = not self.is_held
         try:
+            self.enter(doing)
             yield
         finally:
-            if entered:
+            if outermost:
                 self.leave()
 
-    def enter(self, doing: str) -> bool:
-        """As `alone`, for what every layer does in every step; `leave` must follow where this returns True.
+    @property
+    def is_held(self) -> bool:
+        """Whether this thread keeps others out already."""
+        return self._holder.get("thread") == get_ident()
+
+    @contextmanager
+    def unchanged(self, doing: str) -> Iterator[None]:
+        """Keep other threads from changing anything meanwhile; any number of threads may look at once.
+
+        Raises:
+            CacheStateError: as for `alone`.
+        """
+        thread, lookers = get_ident(), self._lookers
+        lookers[thread] = lookers.get(thread, 0) + 1
+        try:
+            # Whoever changes something does it the other way round, so that one of two sees the other.
+            if self._holder.get("thread", thread) != thread:
+                raise CacheStateError(f"{doing} while another thread works on the same cache; {_ADVICE}")
+            self._refuse_others(doing)
+            yield
+        finally:
+            if lookers[thread] == 1:
+                del lookers[thread]
+            else:
+                lookers[thread] -= 1
+
+    def enter(self, doing: str) -> None:
+        """As `alone`, for what every layer does in every step; `leave` must follow, whatever comes in between, where
+        the thread had not been in before.
 
         Raises:
             CacheStateError: as for `alone`.
         """
         thread = get_ident()
         if self._holder.get("thread") == thread:
-            # Called by ourselves, or an interrupt came before the last call could let go.
-            return False
+            return
         if self._holder.setdefault("thread", thread) != thread:
             raise CacheStateError(f"{doing} while another thread works on the same cache; {_ADVICE}")
         try:
+            if self._lookers and any(looker != thread for looker in list(self._lookers)):
+                raise CacheStateError(f"{doing} while another thread copies the same cache; {_ADVICE}")
             self._refuse_others(doing)
         except BaseException:  # an interrupt, too
             self.leave()
             raise
-        return True
 
     def leave(self) -> None:
-        """Let other threads in again."""
-        self._holder.pop("thread", None)
+        """Let other threads in again, if it was this one that kept them out."""
+        if self.is_held:
+            self._holder.pop("thread", None)
 
     def _refuse_others(self, doing: str) -> None:
         thread = get_ident()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
+from .._moved import moved_name
 from .._native import version
 from .._requirements import check_transformers
 from ..errors import KvlatheError
@@ -15,7 +17,7 @@ from .show import add_show_arguments, run_show
 from .tune import CURVE_HEADER, add_tune_arguments, format_point, run_tune
 from .verify import add_verify_arguments, run_verify
 
-__all__ = ["CURVE_HEADER", "build_parser", "format_point", "main", "run", "tune_main"]
+__all__ = ["CURVE_HEADER", "build_parser", "format_point", "main", "run"]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,8 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     except (KvlatheError, ImportError) as error:
         say(f"error: {printable(str(error))}")
         return 1
-    except KeyboardInterrupt:
-        say("interrupted; nothing was written")
+    except KeyboardInterrupt as interrupt:
+        say(str(interrupt) or "interrupted; nothing was written")
         return 130
 
 
@@ -68,9 +70,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(build_parser().parse_args(argv))
 
 
-def tune_main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the seed's script: the arguments of ``kvlathe tune`` without the word."""
-    parser = argparse.ArgumentParser()
-    add_tune_arguments(parser)
-    parser.set_defaults(run=run_tune)
-    return run(parser.parse_args(argv))
+def __getattr__(name: str) -> Any:
+    return moved_name(__name__, name)

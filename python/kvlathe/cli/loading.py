@@ -10,9 +10,9 @@ from .options import say
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..corpus import Corpus
+    from ..calibration.rope_probe import ProbeResult
+    from ..calibration.text.corpus import Corpus
     from ..model_loading import LoadedModel
-    from ..rope_probe import ProbeResult
 
 
 def model_and_text(arguments: argparse.Namespace) -> tuple[LoadedModel, Corpus]:
@@ -25,7 +25,7 @@ def model_and_text(arguments: argparse.Namespace) -> tuple[LoadedModel, Corpus]:
     """
     import torch
 
-    from ..corpus import corpus_from_files, default_corpus
+    from ..calibration.text.corpus import corpus_from_files, default_corpus
     from ..devices import available_device
     from ..model_loading import load_model
 
@@ -36,7 +36,7 @@ def model_and_text(arguments: argparse.Namespace) -> tuple[LoadedModel, Corpus]:
 
 def probed(model: PreTrainedModel) -> ProbeResult:
     """The shape of a model's cache and its rotations; what is strange about them is said."""
-    from ..rope_probe import probe_rope
+    from ..calibration.rope_probe import probe_rope
 
     probe = probe_rope(model)
     for note in probe.notes:

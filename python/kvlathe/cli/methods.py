@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .options import positive, say
+from .options import count, positive, say
 
 if TYPE_CHECKING:
-    from ..baselines import Baseline, Subject
+    from ..calibration.rope_probe import ProbeResult
+    from ..calibration.text.corpus import Corpus
+    from ..lab.baselines import Baseline, Subject
+    from ..model_loading import LoadedModel
     from ..preset import Preset
 
 #: For the epilog of a command's help.
@@ -51,14 +54,74 @@ def add_method_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def baseline_names(arguments: argparse.Namespace) -> list[str]:
+def add_protocol_arguments(group: argparse._ArgumentGroup, *, calibrated_on: str, sinks: str) -> None:
+    """``--calibration-windows``, ``--sinks`` and ``--tail``."""
+    group.add_argument(
+        "--calibration-windows",
+        type=count,
+        default=8,
+        help=f"for baselines that are calibrated, {calibrated_on} (default %(default)s)",
+    )
+    group.add_argument("--sinks", type=int, default=4, help=f"first tokens {sinks} (default %(default)s)")
+    group.add_argument("--tail", type=int, default=128, help="latest tokens, exact (default %(default)s)")
+
+
+class Chosen(NamedTuple):
+    """What is compared.
+
+    Attributes:
+        presets: ours, each with a label that tells it apart; empty where only baselines can be measured.
+        baselines: other methods, those that run here.
+        skipped: sentences on those that do not.
+    """
+
+    presets: list[tuple[str, Preset]]
+    baselines: list[Baseline]
+    skipped: list[str]
+
+
+def chosen_methods(
+    arguments: argparse.Namespace,
+    loaded: LoadedModel,
+    corpus: Corpus,
+    probe: ProbeResult,
+    *,
+    n_sinks: int,
+    window: int,
+) -> Chosen:
+    """What ``--preset``, ``--bits`` and ``--baselines`` name.
+
+    Args:
+        n_sinks: first tokens that baselines keep exact.
+        window: tokens of the windows that baselines calibrate on.
+
+    Raises:
+        EvaluationError: an unknown name, or neither a preset for this model nor a baseline.
+        PresetError: a preset that cannot be read, or is of another model.
+    """
+    from ..calibration.text.token_windows import windows
+    from ..lab.baselines import Subject
+
+    names = _baseline_names(arguments)
+    presets = _chosen_presets(arguments, loaded.model.config)
+    n_windows, seed = arguments.calibration_windows, arguments.seed
+    subject = Subject(
+        loaded.model,
+        probe,
+        n_sinks,
+        lambda: windows(loaded.tokenizer, corpus.calibration, window, n_windows, seed),
+    )
+    return Chosen(presets, *_baselines(names, subject))
+
+
+def _baseline_names(arguments: argparse.Namespace) -> list[str]:
     """The baselines that were asked for, each once.
 
     Raises:
         EvaluationError: an unknown name.
     """
-    from .. import baselines
     from ..errors import EvaluationError
+    from ..lab import baselines
 
     asked = list(baselines.NAMES) if "all" in arguments.baselines else arguments.baselines
     if unknown := [name for name in asked if name not in baselines.NAMES]:
@@ -68,7 +131,7 @@ def baseline_names(arguments: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(asked))
 
 
-def chosen_presets(arguments: argparse.Namespace, config: Any) -> list[tuple[str, Preset]]:
+def _chosen_presets(arguments: argparse.Namespace, config: Any) -> list[tuple[str, Preset]]:
     """Label and preset of everything of ours that is to be measured; empty where only baselines can be.
 
     Raises:
@@ -118,10 +181,10 @@ def _presets(arguments: argparse.Namespace, config: Any) -> list[tuple[str, Pres
     return presets
 
 
-def chosen_baselines(names: list[str], subject: Subject) -> tuple[list[Baseline], list[str]]:
+def _baselines(names: list[str], subject: Subject) -> tuple[list[Baseline], list[str]]:
     """The baselines of those names, and sentences on those that do not run here."""
-    from .. import baselines
     from ..errors import EvaluationError
+    from ..lab import baselines
 
     made: list[Baseline] = []
     skipped = []

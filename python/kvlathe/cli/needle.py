@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .drawings import add_output_arguments, unusable, write_drawings
 from .loading import model_and_text, probed
-from .methods import (
-    BASELINES_LISTED,
-    add_method_arguments,
-    baseline_names,
-    chosen_baselines,
-    chosen_presets,
-)
-from .options import add_model_argument, add_run_arguments, count, say
+from .methods import BASELINES_LISTED, Chosen, add_method_arguments, add_protocol_arguments, chosen_methods
+from .options import add_model_argument, add_run_arguments, add_seed_argument, add_text_argument, count, say
+from .results import EXIT_STATUS, add_output_arguments, check_drawable, gather, unusable, write_drawings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from ..calibration.rope_probe import ModelShape
+    from ..calibration.text.corpus import Corpus
+    from ..lab.retrieval import Haystack, Holder, NeedleKind, Prompt, Trial
 
-    from ..corpus import Corpus
-    from ..retrieval import Haystack, Holder, NeedleKind, Prompt, Trial
-    from ..rope_probe import ProbeResult
-
+_CALIBRATION_WINDOW = 1024
 _LENGTHS = (1024, 2048, 4096, 8192)
 _DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -47,8 +39,7 @@ examples:
 Results are written to --output as they come. The same command again runs only what is missing there; with more
 lengths, depths, needles or methods it runs only those that are new.
 
-Exit status: 0 when all that can run was run; 1 when something is wrong; 2 for unusable arguments; 130 when
-interrupted, and then the results so far are kept."""
+{EXIT_STATUS}"""
 
 
 def add_needle_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,29 +76,16 @@ def add_needle_arguments(parser: argparse.ArgumentParser) -> None:
         help="of each kind at each length and depth (default %(default)s)",
     )
     needles.add_argument("--kinds", nargs="+", metavar="KIND", help="from the list below (default: all)")
-    needles.add_argument(
-        "--text",
-        nargs="+",
-        type=Path,
-        help="text files or folders to hide them in, split as kvlathe tune splits them: the part that it does not "
-        "calibrate on (default: this Python's documentation and sources)",
+    add_text_argument(
+        needles,
+        " to hide them in, split as kvlathe tune splits them: the part that it does not calibrate on",
     )
-    needles.add_argument(
-        "--calibration-windows",
-        type=count,
-        default=8,
-        help="for baselines that are calibrated, of 1,024 tokens of the other part of the text (default %(default)s)",
+    add_protocol_arguments(
+        needles,
+        calibrated_on=f"of {_CALIBRATION_WINDOW:,} tokens of the other part of the text",
+        sinks="that baselines keep exact; ours keep what their preset says",
     )
-    needles.add_argument(
-        "--sinks",
-        type=int,
-        default=4,
-        help="first tokens that baselines keep exact; ours keep what their preset says (default %(default)s)",
-    )
-    needles.add_argument("--tail", type=int, default=128, help="latest tokens, exact (default %(default)s)")
-    needles.add_argument(
-        "--seed", type=int, default=0, help="chooses needles and pieces of text (default %(default)s)"
-    )
+    add_seed_argument(needles, "needles and pieces of text")
     add_output_arguments(parser, Path("kvlathe-needle.jsonl"), "grids")
     add_run_arguments(parser)
 
@@ -125,8 +103,8 @@ def _lengths(arguments: argparse.Namespace, config: Any) -> list[int]:
     Raises:
         EvaluationError: a length beyond what the model reads.
     """
+    from ..calibration.text.window_length import most_positions
     from ..errors import EvaluationError
-    from ..window_length import most_positions
 
     limit = most_positions(config)
     if limit is None:
@@ -143,33 +121,9 @@ def _lengths(arguments: argparse.Namespace, config: Any) -> list[int]:
     return list(arguments.lengths)
 
 
-def _holders(
-    arguments: argparse.Namespace, model: Any, tokenizer: Any, corpus: Corpus, probe: ProbeResult
-) -> tuple[list[Holder], list[str]]:
-    """The exact cache and all that is compared with it, and sentences on what does not run."""
-    from ..baselines import Subject
-    from ..retrieval import CodedHolder, ExactHolder, PresetHolder
-    from ..token_windows import windows
-
-    named = baseline_names(arguments)
-    holders: list[Holder] = [ExactHolder()]
-    for label, preset in chosen_presets(arguments, model.config):
-        holders.append(PresetHolder(preset, probe.shape, arguments.tail, label))
-    subject = Subject(
-        model,
-        probe,
-        arguments.sinks,
-        lambda: windows(tokenizer, corpus.calibration, 1024, arguments.calibration_windows, arguments.seed),
-    )
-    baselines, skipped = chosen_baselines(named, subject)
-    for baseline in baselines:
-        holders.append(CodedHolder(baseline, probe.shape, arguments.sinks, arguments.tail))
-    return holders, skipped
-
-
 def _prompts(arguments: argparse.Namespace, config: Any, tokenizer: Any, corpus: Corpus) -> list[Prompt]:
-    from ..retrieval import KINDS, Haystack, make_prompts
-    from ..retrieval.needle import kinds_named
+    from ..lab.retrieval import KINDS, Haystack, make_prompts
+    from ..lab.retrieval.needle import kinds_named
 
     kinds: list[NeedleKind] = kinds_named(arguments.kinds or list(KINDS))
     lengths = _lengths(arguments, config)
@@ -185,13 +139,16 @@ def _prompts(arguments: argparse.Namespace, config: Any, tokenizer: Any, corpus:
     )
 
 
-def _draw(trials: Sequence[Trial], skipped: Sequence[str], arguments: argparse.Namespace) -> None:
-    """The report and the grids that were asked for."""
-    from ..retrieval.plots import PLOTS
-    from ..retrieval.report import html_report
+def _holders(arguments: argparse.Namespace, chosen: Chosen, shape: ModelShape) -> list[Holder]:
+    """The exact cache and all that is compared with it."""
+    from ..lab.retrieval import CodedHolder, ExactHolder, PresetHolder
 
-    plots = {name: partial(draw, trials) for name, draw in PLOTS.items()}
-    write_drawings(arguments, lambda: html_report(trials, skipped), plots)
+    n_sinks, tail = arguments.sinks, arguments.tail
+    return [
+        ExactHolder(),
+        *(PresetHolder(preset, shape, tail, label) for label, preset in chosen.presets),
+        *(CodedHolder(baseline, shape, n_sinks, tail) for baseline in chosen.baselines),
+    ]
 
 
 def run_needle(arguments: argparse.Namespace) -> int:
@@ -199,48 +156,56 @@ def run_needle(arguments: argparse.Namespace) -> int:
     if wrong := _unusable(arguments):
         say(wrong)
         return 2
-    from ..evaluation.plots import require_matplotlib
-    from ..retrieval import Trials, search
-    from ..retrieval.run import check_lengths, make_setting
-    from ..retrieval.table import markdown, rows_by_kind, rows_by_length
+    from ..lab.retrieval import Trials, search
+    from ..lab.retrieval.plots import PLOTS
+    from ..lab.retrieval.report import html_report
+    from ..lab.retrieval.run import check_lengths, make_setting
+    from ..lab.retrieval.table import markdown, rows_by_kind, rows_by_length
 
-    if arguments.report is not None or arguments.plots is not None:
-        require_matplotlib()
+    check_drawable(arguments)
     trials = Trials(arguments.output)
     loaded, corpus = model_and_text(arguments)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    prompts = _prompts(arguments, model.config, tokenizer, corpus)
+    prompts = _prompts(arguments, loaded.model.config, loaded.tokenizer, corpus)
     setting = make_setting(
-        model, model_name=loaded.name, text_name=corpus.name, n_sinks=arguments.sinks, tail=arguments.tail
+        loaded.model,
+        model_name=loaded.name,
+        text_name=corpus.name,
+        n_sinks=arguments.sinks,
+        tail=arguments.tail,
     )
     check_lengths(prompts, setting)
-    probe = probed(model)
-    holders, skipped = _holders(arguments, model, tokenizer, corpus, probe)
+    probe = probed(loaded.model)
+    chosen = chosen_methods(
+        arguments, loaded, corpus, probe, n_sinks=arguments.sinks, window=_CALIBRATION_WINDOW
+    )
+    holders = _holders(arguments, chosen, probe.shape)
     say(
         f"{loaded.name}: {len(prompts)} needles in {corpus.name}, {len(holders)} caches; each keeps the latest "
         f"{setting.tail} tokens exact"
     )
-    done: list[Trial] = []
-    kept: list[str] = []
-    try:
-        for trial in search(
-            model, prompts, holders, setting, trials, on_kept=lambda trial: kept.append(trial.key)
-        ):
-            done.append(trial)
-            if trial.key not in kept[-1:]:
-                say(format_trial(trial))
-    except KeyboardInterrupt:
-        say(f"interrupted; the results so far are in {trials.path}, and the same command goes on from there")
-        return 130
-    if kept:
-        say(f"{len(kept)} of {len(done)} results were kept from {trials.path}")
+    n_kept = 0
+
+    def on_trial(trial: Trial, kept: bool) -> None:
+        nonlocal n_kept
+        if kept:
+            n_kept += 1
+        else:
+            say(format_trial(trial))
+
+    done = gather(
+        lambda on_kept: search(loaded.model, prompts, holders, setting, trials, on_kept=on_kept),
+        trials.path,
+        on_trial,
+    )
+    if n_kept:
+        say(f"{n_kept} of {len(done)} results were kept from {trials.path}")
     print(markdown(rows_by_length(done)))
     print(f"\nBy kind of needle:\n\n{markdown(rows_by_kind(done))}")
     print(
         "\nFound: greedy decoding gives the answer. Log-prob: of the answer, nats a token. "
         f"Results are in {trials.path}."
     )
-    _draw(done, skipped, arguments)
+    write_drawings(arguments, done, chosen.skipped, html_report, PLOTS)
     return 0
 
 

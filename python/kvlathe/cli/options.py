@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 
 def positive(text: str) -> float:
@@ -41,11 +42,19 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_seed_argument(parser: argparse._ArgumentGroup) -> None:
-    """``--seed``."""
-    parser.add_argument(
-        "--seed", type=int, default=0, help="chooses windows and sampled tokens (default %(default)s)"
+def add_text_argument(group: argparse._ArgumentGroup, what_for: str) -> None:
+    """``--text``, with a default."""
+    group.add_argument(
+        "--text",
+        nargs="+",
+        type=Path,
+        help=f"text files or folders{what_for} (default: this Python's documentation and sources)",
     )
+
+
+def add_seed_argument(group: argparse._ArgumentGroup, chooses: str = "windows and sampled tokens") -> None:
+    """``--seed``."""
+    group.add_argument("--seed", type=int, default=0, help=f"chooses {chooses} (default %(default)s)")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -39,6 +39,10 @@ def run_show(arguments: argparse.Namespace) -> int:
     print(
         f"shape            {meta['n_layers']} layers, {meta['n_heads']} query heads, head_dim {meta['head_dim']}"
     )
+    if len(preset.coded_layers) < preset.n_layers:
+        print(
+            f"coded layers     {', '.join(map(str, preset.coded_layers))}; the others stay as the model keeps them"
+        )
     print(f"bits a value     {preset.bits_per_value:.3f} (coded part, side information included)")
     if preset.is_seed_style:
         print(f"kind             seed-style: rank {meta['rank']} and int8, values only")

@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING
 
 from ..preset import Preset
 from .loading import model_and_text
-from .options import add_model_argument, add_run_arguments, add_seed_argument, count, positive, say
+from .options import (
+    add_model_argument,
+    add_run_arguments,
+    add_seed_argument,
+    add_text_argument,
+    count,
+    positive,
+    say,
+)
 
 if TYPE_CHECKING:
-    from ..tuning import CurvePoint, TuneOptions
+    from ..calibration.tuning import CurvePoint, TuneOptions
 
 _TUNE_EPILOG = """\
 examples:
@@ -50,13 +58,7 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
         help="one-sided confidence with which it must hold (default %(default)s)",
     )
     text = parser.add_argument_group("text")
-    text.add_argument(
-        "--text",
-        nargs="+",
-        type=Path,
-        help="text files or folders; one part calibrates, one guides the search, one verifies "
-        "(default: this Python's documentation and sources)",
-    )
+    add_text_argument(text, "; one part calibrates, one guides the search, one verifies")
     text.add_argument("--window", type=count, default=1024, help="tokens of a window (default %(default)s)")
     text.add_argument("--calibration-windows", type=count, default=32, help="default %(default)s")
     text.add_argument(
@@ -97,8 +99,8 @@ def add_tune_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _tune_options(arguments: argparse.Namespace) -> TuneOptions:
-    from ..calibration import CalibrationOptions
-    from ..tuning import TuneOptions
+    from ..calibration.basis import CalibrationOptions
+    from ..calibration.tuning import TuneOptions
 
     ppl_delta = arguments.target_ppl_delta
     if ppl_delta is None and arguments.target_kld is None:
@@ -141,7 +143,7 @@ def run_tune(arguments: argparse.Namespace) -> int:
     if not arguments.output.parent.is_dir():
         say(f"--output {arguments.output}: there is no folder {arguments.output.parent}")
         return 2
-    from ..tuning import describe_budget, tune
+    from ..calibration.tuning import describe_budget, tune
 
     options = _tune_options(arguments)
     calibrated = Preset.load(arguments.calibrated) if arguments.calibrated else None

@@ -11,7 +11,7 @@ from .loading import model_and_text
 from .options import add_model_argument, add_run_arguments, add_seed_argument, count, positive, say
 
 if TYPE_CHECKING:
-    from ..verification import Verdict
+    from ..calibration.verification import Verdict
 
 _EPILOG = """\
 examples:
@@ -53,7 +53,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_verify(arguments: argparse.Namespace) -> int:
     """``kvlathe verify``."""
-    from ..verification import verify
+    from ..calibration.verification import verify
 
     preset = Preset.load(arguments.preset)
     loaded, corpus = model_and_text(arguments)

@@ -24,7 +24,7 @@ class Family:
         title: for people.
         what: what is special about its cache or its attention.
         calibrates: whether `calibrate` accepts it, so that its cache can be compressed.
-        attaches: whether `attach` accepts it, so that attention reads packed blocks.
+        is_served: whether attention reads packed blocks, attached where it is eager.
         upstream_refuses: behaviours that transformers itself refuses for this family, or gets wrong, with its own
             cache; ours must refuse them.
         not_applicable: behaviours that mean nothing for this family.
@@ -35,7 +35,7 @@ class Family:
     title: str
     what: str
     calibrates: bool = True
-    attaches: bool = True
+    is_served: bool = True
     upstream_refuses: frozenset[str] = frozenset()
     not_applicable: frozenset[str] = frozenset()
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -43,6 +43,11 @@ class Family:
     @property
     def model(self) -> PreTrainedModel:
         return model_of(self.name, **self.overrides)
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether layers keep states of linear attention or of convolutions."""
+        return any(hasattr(layer, "conv_states") for layer in DynamicCache(config=self.model.config).layers)
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -65,12 +70,20 @@ class Family:
 
 
 _NO_ROLLBACK = frozenset({"assisted_greedy", "assisted_sample", "prompt_lookup", "cache_crop"})
+# Nor does `generate` of some give them embeddings.
+_NO_EMBEDS = _NO_ROLLBACK | {"from_inputs_embeds"}
 # Their prompt is the encoder's.
 _DECODERS_ONLY = frozenset(
     {"from_inputs_embeds", "left_padding", "chunked_prefill", "continue_from_past"}
 ) | {
     "assisted_sample"  # its assistant is a decoder
 }
+
+
+def _hybrid(name: str, title: str, what: str, **expected: Any) -> Family:
+    """A family with recurrent states, which nobody can roll back."""
+    return Family(name, title, what, **{"upstream_refuses": _NO_ROLLBACK, **expected})
+
 
 FAMILIES: tuple[Family, ...] = (
     Family("llama", "Llama", "RoPE in halves, grouped heads"),
@@ -92,7 +105,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("phi3", "Phi-3", "RoPE on part of a head"),
     Family("phi3_longrope", "Phi-3, long context", "longrope"),
-    Family("gpt2", "GPT-2", "learned positions, no RoPE", attaches=False),
+    Family("gpt2", "GPT-2", "learned positions, no RoPE"),
     Family("gpt_neox", "GPT-NeoX, Pythia", "RoPE on a quarter of a head"),
     Family("glm", "GLM", "interleaved RoPE on half of a head"),
     Family("gpt_oss", "gpt-oss", "learned sinks, YaRN, sliding and full layers"),
@@ -101,29 +114,44 @@ FAMILIES: tuple[Family, ...] = (
     Family("smollm3", "SmolLM3", "some layers without RoPE"),
     Family("olmo2", "OLMo 2", "keys normalised over all heads"),
     Family("granite", "Granite", "scaled attention and residuals"),
-    Family("llama4", "Llama 4", "chunked attention, layers without RoPE", attaches=False),
-    Family("falcon", "Falcon", "attention code of its own", calibrates=False, attaches=False),
-    Family("gemma3n", "Gemma 3n", "layers that share keys and values", calibrates=False, attaches=False),
-    Family("deepseek_v3", "DeepSeek-V2, V3", "multi-head latent attention", calibrates=False, attaches=False),
-    Family("lfm2", "LFM2", "convolutions and attention", calibrates=False, attaches=False),
-    Family(
-        "qwen3_next",
-        "Qwen3-Next",
-        "linear attention and attention",
-        calibrates=False,
-        attaches=False,
-        upstream_refuses=_NO_ROLLBACK,
+    Family("llama4", "Llama 4", "chunked attention, layers without RoPE"),
+    Family("falcon", "Falcon", "attention code of its own"),
+    Family("gemma3n", "Gemma 3n", "layers that share keys and values"),
+    Family("gemma4", "Gemma 4", "shared keys and values, heads of two sizes, components without rotation"),
+    Family("lfm2", "LFM2", "convolutions and attention"),
+    _hybrid("qwen3_next", "Qwen3-Next", "linear attention and attention"),
+    _hybrid("qwen3_5", "Qwen3.5", "linear attention and attention"),
+    _hybrid("granitemoehybrid", "Granite 4", "Mamba and attention"),
+    _hybrid("bamba", "Bamba", "Mamba and attention", upstream_refuses=_NO_EMBEDS),
+    _hybrid(
+        "jamba",
+        "Jamba",
+        "Mamba and attention",
+        upstream_refuses=_NO_ROLLBACK - {"cache_crop"},
+        # Its states are not read where several tokens come at once.
+        not_applicable=frozenset({"chunked_prefill", "cache_crop"}),
     ),
+    _hybrid(
+        "nemotron_h",
+        "Nemotron-H",
+        "Mamba, attention, and layers that cache nothing",
+        upstream_refuses=_NO_EMBEDS,
+    ),
+    _hybrid("falcon_h1", "Falcon-H1", "Mamba and attention in every layer", upstream_refuses=_NO_EMBEDS),
+    _hybrid(
+        "zamba2",
+        "Zamba 2",
+        "Mamba everywhere, attention with shared weights in some layers",
+        upstream_refuses=_NO_EMBEDS,
+    ),
+    Family("deepseek_v3", "DeepSeek-V2, V3", "multi-head latent attention", calibrates=False),
     Family(
         "t5",
         "T5",
         "encoder-decoder, position bias",
         calibrates=False,
-        attaches=False,
         not_applicable=_DECODERS_ONLY,
     ),
-    Family(
-        "bart", "BART", "encoder-decoder", calibrates=False, attaches=False, not_applicable=_DECODERS_ONLY
-    ),
+    Family("bart", "BART", "encoder-decoder", calibrates=False, not_applicable=_DECODERS_ONLY),
 )
 BY_NAME = {family.name: family for family in FAMILIES}

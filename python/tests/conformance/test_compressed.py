@@ -6,23 +6,24 @@ the table quotes the sentence.
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import Cache
 
 from behaviours import BEHAVIOURS, feed, generate, stock_outcome
-from cache_helpers import preset_of, tokens
+from cache_helpers import expanded, preset_of, served, tokens
 from families import FAMILIES, Family
-from kvlathe import attach, detach
-from kvlathe.attachment import ATTENTION_NAME
-from kvlathe.cache.window import WindowLayer
+from kvlathe.cache.layer import CompressedLayer
 from kvlathe.errors import ModelError
+from test_exact import REFUSALS
 
 CODED = [family for family in FAMILIES if family.calibrates]
-FUSED = [family for family in CODED if family.attaches]
+FROM_BLOCKS = [family for family in CODED if family.is_served]
 # Relative error of the logits at 6 bits; random weights amplify errors from layer to layer, real models stay far below.
-BUDGET = 0.15
+BUDGET = 0.12
 
 
 def _name(family: Family) -> str:
@@ -32,10 +33,15 @@ def _name(family: Family) -> str:
 def test_the_matrix_is_complete() -> None:
     names = {family.name for family in FAMILIES}
     assert len(names) == len(FAMILIES)
-    assert len(CODED) >= 18 and len(FUSED) >= 15
+    assert len(CODED) >= 18 and len(FROM_BLOCKS) >= 18
 
 
-CELLS = [(family, name) for family in CODED for name in BEHAVIOURS if name not in family.not_applicable]
+CELLS = [
+    (family, name)
+    for family in CODED
+    for name in BEHAVIOURS
+    if name not in family.not_applicable | family.upstream_refuses
+]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +58,18 @@ def test_compressed(family: Family, behaviour: str) -> None:
         assert 0 < given.cache.get_memory_stats()["compressed_tokens"] < given.cache.get_seq_length()
 
 
+REFUSED = [(family, name) for family in CODED for name in sorted(family.upstream_refuses)]
+
+
+@pytest.mark.parametrize(
+    ("family", "behaviour"), REFUSED, ids=[f"{family.name}-{behaviour}" for family, behaviour in REFUSED]
+)
+def test_what_recurrent_states_refuse(family: Family, behaviour: str) -> None:
+    """As in exact mode: nothing wrong comes out because keys and values are coded."""
+    with pytest.raises(REFUSALS):
+        BEHAVIOURS[behaviour](family, family.coded_cache)
+
+
 def _stream(family: Family, cache: Cache, ids: Tensor) -> Tensor:
     """Logits of the last 20 tokens, one by one, after a prompt in chunks."""
     for chunk in ids[:, :-20].split(15, dim=1):
@@ -61,31 +79,34 @@ def _stream(family: Family, cache: Cache, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("family", CODED, ids=_name)
 def test_logits_within_the_budget(family: Family) -> None:
-    ids = tokens(95, seed=5, batch=2)
-    exact, coded = _stream(family, family.stock_cache(), ids), _stream(family, family.coded_cache(), ids)
-    error = (coded - exact).norm() / (exact - exact.mean(-1, keepdim=True)).norm()
-    assert 0 < float(error) < BUDGET
-    assert float((coded.argmax(-1) == exact.argmax(-1)).double().mean()) > 0.8
+    """In the median of three prompts: a router of experts that flips at a near tie changes all that follows."""
+    errors, agreements = [], []
+    for seed in (5, 6, 7):
+        ids = tokens(95, seed=seed, batch=2)
+        exact, coded = _stream(family, family.stock_cache(), ids), _stream(family, family.coded_cache(), ids)
+        errors.append(float((coded - exact).norm() / (exact - exact.mean(-1, keepdim=True)).norm()))
+        agreements.append(float((coded.argmax(-1) == exact.argmax(-1)).double().mean()))
+    assert 0 < statistics.median(errors) < BUDGET
+    assert statistics.median(agreements) > 0.8
 
 
-@pytest.mark.parametrize("family", FUSED, ids=_name)
-def test_fused_and_expanded_paths_agree(family: Family) -> None:
+@pytest.mark.parametrize("family", FROM_BLOCKS, ids=_name)
+def test_attention_from_blocks_and_expanded_agree(family: Family) -> None:
     ids = tokens(95, seed=5, batch=2)
-    expanded = _stream(family, family.coded_cache(), ids)
-    attach(family.model)
-    try:
-        assert family.model.config._attn_implementation == ATTENTION_NAME
-        fused = _stream(family, family.coded_cache(), ids)
+    with expanded():
+        dense = _stream(family, family.coded_cache(), ids)
+        padded = BEHAVIOURS["left_padding"](family, family.coded_cache)
+    with served(family.model):
+        cache = family.coded_cache()
+        fused = _stream(family, cache, ids)
+        assert cache.get_memory_stats()["expanded_layers"] == 0
         outcome = BEHAVIOURS["left_padding"](family, family.coded_cache)
         prompt = tokens(40, batch=2)
         beams = generate(family, prompt, family.coded_cache(), num_beams=2)
-    finally:
-        detach(family.model)
     # Single codes of tokens that are packed later may round the other way, and random weights amplify that: hence
     # a bound for the whole, and a narrow one for the first step.
-    assert float((fused - expanded).norm() / expanded.norm()) < 0.015
-    torch.testing.assert_close(fused[:, 0], expanded[:, 0], atol=1e-2, rtol=1e-2)
-    padded = BEHAVIOURS["left_padding"](family, family.coded_cache)
+    assert float((fused - dense).norm() / dense.norm()) < 0.015
+    torch.testing.assert_close(fused[:, 0], dense[:, 0], atol=1e-2, rtol=1e-2)
     assert padded.logits is not None and outcome.logits is not None
     torch.testing.assert_close(outcome.logits[0], padded.logits[0], atol=1e-2, rtol=1e-2)
     assert beams.shape == (2, 48)
@@ -96,8 +117,8 @@ def test_windows_hold_their_window(family: Family) -> None:
     """What a sliding layer holds stops growing, coded or not, and is counted."""
     sizes = []
     for cache in (family.exact_cache(), family.coded_cache()):
-        windows = [layer for layer in cache.layers if isinstance(layer, WindowLayer)]
-        assert [layer.is_sliding for layer in cache.layers] == family.stock_cache().is_sliding
+        windows = [layer for layer in cache.layers if isinstance(layer, CompressedLayer) and layer.is_sliding]
+        assert cache.is_sliding == family.stock_cache().is_sliding
         assert cache.get_memory_stats()["window_layers"] == len(windows)
         if not windows:
             continue
@@ -120,11 +141,3 @@ def test_what_calibration_refuses(family: Family) -> None:
     with pytest.raises(ModelError) as error:
         preset_of(family.name, **family.overrides)
     assert len(str(error.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize("family", [f for f in FAMILIES if not f.attaches], ids=_name)
-def test_what_attach_refuses(family: Family) -> None:
-    with pytest.raises(ModelError) as error:
-        attach(family.model)
-    assert len(str(error.value).splitlines()) == 1
-    assert family.model.config._attn_implementation != ATTENTION_NAME

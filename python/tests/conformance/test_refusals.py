@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import json
+
 import pytest
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
 from behaviours import feed, generate
-from cache_helpers import compressed_cache, identity_cache, low_rank, tokens
-from families import BY_NAME, FAMILIES
-from kvlathe import CompressedDynamicCache, IdentityCompressor
+from cache_helpers import compressed_cache, identity_cache, low_rank, preset_of, tokens
+from families import BY_NAME, FAMILIES, Family
+from kvlathe import CompressedDynamicCache, IdentityCompressor, Preset, verify
+from kvlathe._native import Preset as NativePreset
 from kvlathe.cache.layer_kinds import layer_kinds
-from kvlathe.errors import KvlatheError, ModelError, RollbackError, ShapeError
+from kvlathe.errors import KvlatheError, ModelError, PresetError, RollbackError, ShapeError
+from tiny_models import tiny
 
 
 def _without_config(n_layers: int) -> CompressedDynamicCache:
     return CompressedDynamicCache(*[[IdentityCompressor()] * n_layers for _ in range(2)], num_layers=n_layers)
 
 
-@pytest.mark.parametrize("name", ["lfm2", "qwen3_next"])
-def test_hybrid_models_need_the_config(name: str) -> None:
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.keeps_states], ids=lambda f: f.name)
+def test_hybrid_models_need_the_config(family: Family) -> None:
+    cache = _without_config(len(family.stock_cache().layers))
     with pytest.raises(ModelError, match=r"config=model\.config"):
-        generate(BY_NAME[name], tokens(20), _without_config(2))
+        generate(family, tokens(20), cache)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
@@ -33,9 +40,7 @@ def test_encoder_decoder_models_need_a_cache_for_cross_attention(name: str, with
         generate(family, tokens(20), cache)
 
 
-@pytest.mark.parametrize(
-    "family", [f for f in FAMILIES if f.name not in ("lfm2", "qwen3_next")], ids=lambda f: f.name
-)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if not f.keeps_states], ids=lambda f: f.name)
 def test_without_the_config_every_token_is_held(family: object) -> None:
     """The seed's constructor: right tokens, only more memory where layers have windows."""
     assert hasattr(family, "stock_cache")
@@ -128,3 +133,102 @@ def test_repeated_updates_by_hand_are_fine() -> None:
     for layer in (0, 0, 1, 1):
         cache.update(torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16), layer)
     assert cache.get_seq_length() == 26
+
+
+def test_a_convolution_that_records_nothing_cannot_be_rolled_back() -> None:
+    """transformers says so halfway through its layers; here nothing has been changed."""
+    family = BY_NAME["lfm2"]
+    cache, untouched = family.coded_cache(), family.coded_cache()
+    for each in (cache, untouched):
+        feed(family, each, tokens(60))
+    with pytest.raises(RollbackError, match=r"activate_past_recording\(\)"):
+        cache.crop(-3)
+    assert cache.get_seq_length() == 60
+    given, expected = (feed(family, each, tokens(3, seed=1)) for each in (cache, untouched))
+    assert torch.equal(given, expected)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_next", "falcon_h1", "zamba2", "nemotron_h"])
+def test_rows_of_a_hybrid_are_picked_and_repeated(name: str) -> None:
+    """States go with their keys and values: each row goes on as it would alone."""
+    family = BY_NAME[name]
+    prompt, more = tokens(50, batch=2), tokens(2, seed=1, batch=3)
+    cache = family.coded_cache()
+    feed(family, cache, prompt)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0, 1]))
+    given = feed(family, cache, more)
+    alone = []
+    for row, new in zip((1, 0, 0), more, strict=True):
+        single = family.coded_cache()
+        feed(family, single, prompt[row : row + 1])
+        alone.append(feed(family, single, new[None]))
+    torch.testing.assert_close(given, torch.cat(alone), atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "falcon_h1"])
+def test_hybrids_are_counted(name: str) -> None:
+    family = BY_NAME[name]
+    cache, reference = family.coded_cache(), family.stock_cache()
+    for each in (cache, reference):
+        feed(family, each, tokens(400))
+    stats = cache.get_memory_stats()
+    states = sum(
+        state.nbytes
+        for layer in reference.layers
+        for held in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {}))
+        for state in held.values()
+    )
+    keys_and_values = sum(
+        states.nbytes
+        for layer in reference.layers
+        for states in (getattr(layer, "keys", None), getattr(layer, "values", None))
+        if states is not None
+    )
+    assert stats["stock_bytes"] == states > 0
+    assert stats["stock_layers"] == (1 if name == "qwen3_next" else 0)
+    assert stats["uncompressed_bytes_equivalent"] == states + keys_and_values
+    assert 0 < stats["coded_bytes"] < stats["total_bytes"] < states + keys_and_values
+    assert 6 < stats["bits_per_value"] < 16
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "zamba2"])
+def test_hybrids_are_copied_and_saved(name: str) -> None:
+    family = BY_NAME[name]
+    cache = family.coded_cache()
+    feed(family, cache, tokens(60))
+    saved = io.BytesIO()
+    torch.save(cache, saved)
+    saved.seek(0)
+    expected = feed(family, copy.deepcopy(cache), tokens(2, seed=1))
+    assert torch.equal(feed(family, torch.load(saved), tokens(2, seed=1)), expected)
+
+
+def test_a_preset_of_a_hybrid_and_its_dense_sibling() -> None:
+    """In both directions, and for a hybrid whose layers stand elsewhere."""
+    hybrid = BY_NAME["lfm2"].model
+    dense, moved, other_type = (
+        tiny("lfm2", layer_types=["full_attention"] * 2),
+        tiny("lfm2", layer_types=["full_attention", "conv"]),
+        tiny("llama"),
+    )
+    preset = preset_of("lfm2")
+    for other in (dense, moved, other_type):
+        with pytest.raises(PresetError, match="was calibrated for"):
+            CompressedDynamicCache.from_preset(preset, model=other)
+        with pytest.raises(PresetError, match="was calibrated for"):
+            verify(other, None, [], preset)
+    with pytest.raises(PresetError, match="was calibrated for"):
+        CompressedDynamicCache.from_preset(preset_of("llama"), model=hybrid)
+
+
+def test_a_preset_without_a_fingerprint_says_which_layers_it_codes() -> None:
+    content = json.loads(preset_of("lfm2").native.to_json())
+    for key in ("fingerprint", "cache_fingerprint"):
+        content["kvlathe"][key] = ""
+    preset = Preset(NativePreset.from_bytes(json.dumps(content).encode()))
+    assert preset.coded_layers == [1] and preset.layer_shapes == [None, (2, 16, 16)]
+    CompressedDynamicCache.from_preset(preset, model=BY_NAME["lfm2"].model)
+    with pytest.raises(PresetError, match=r"layers \[1\]"):
+        moved = tiny("lfm2", layer_types=["full_attention", "conv"])
+        CompressedDynamicCache.from_preset(preset, model=moved)

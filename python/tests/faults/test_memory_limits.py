@@ -19,6 +19,7 @@ _STARVE = """
 import copy, gc, json, resource, sys
 import torch
 from kvlathe import CompressedDynamicCache, IdentityCompressor, Preset, ResourceError
+from kvlathe.cache.expansions import Expansions
 from kvlathe.preset_compressors import shared_compressor
 
 torch.set_num_threads(1)
@@ -39,7 +40,7 @@ exact, low_rank = IdentityCompressor(), shared_compressor(preset, 0, "value")
 
 
 def make():
-    if kind in ("streams", "attached"):
+    if kind in ("streams", "blocks"):
         return CompressedDynamicCache.from_preset(preset, uncompressed_tail=64)
     pair = {"low rank": (low_rank, low_rank), "exact": (exact, exact), "user": (Halves(), low_rank)}[kind]
     return CompressedDynamicCache([pair[0]], [pair[1]], 1, uncompressed_tail=64)
@@ -52,10 +53,9 @@ queries = torch.randn(1, 4, 300, DIM, generator=generator)
 
 def append(cache, at):
     layer = cache.layers[0]
-    if kind == "attached" and layer.get_seq_length():
-        layer.attends_next = True
-        cache.update(*chunks[at % 4], 0)
-        layer.attend(queries, mask=None, scaling=0.1)
+    if kind == "blocks" and layer.get_seq_length():
+        keys, values = layer.hand_out(*chunks[at % 4], Expansions(), 0)
+        keys.handout.attend(queries, mask=None, scaling=0.1)
     else:
         cache.update(*chunks[at % 4], 0)
 
@@ -95,7 +95,7 @@ while attempt(lambda: append(cache, n_appended)):
     assert n_appended < 3000, "nothing was refused"
 # An attention call that was refused comes after its tokens: they are all there, exact.
 n_held = cache.get_seq_length()
-assert n_held in (N * n_appended, N * (n_appended + 1) if kind == "attached" else N * n_appended)
+assert n_held in (N * n_appended, N * (n_appended + 1) if kind == "blocks" else N * n_appended)
 for _ in range(10):
     before = (cache.layers[0].held, cache.layers[0].n_coded)
     for call in (
@@ -116,8 +116,9 @@ for _ in range(10):
     assert (cache.layers[0].held, cache.layers[0].n_coded) == before
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 if n_held != N * n_appended:
-    cache.layers[0].attend(queries, mask=None, scaling=0.1)
     n_appended += 1
+    # The next update codes what waited for that attention.
+    cache.update(*(states[:, :, :0] for states in chunks[0]), 0)
 fresh = make()
 for at in range(n_appended):
     append(fresh, at)
@@ -129,7 +130,7 @@ assert same(cache, fresh)
 print(json.dumps([n_appended, n_refused]))
 """
 
-_KINDS = ["streams", "attached", "low rank", "exact", "user"]
+_KINDS = ["streams", "blocks", "low rank", "exact", "user"]
 
 
 def _run(program: str, *arguments: str) -> Any:
@@ -162,6 +163,8 @@ import json, os, resource, sys, traceback
 import torch
 from kvlathe import CompressedDynamicCache, Preset, ResourceError
 from kvlathe._native import Moments
+from kvlathe.cache.expansions import Expansions
+from kvlathe.cache.handout import Handout
 
 
 def limit():
@@ -173,7 +176,8 @@ def limit():
 def coded(cache):
     cache.update(keys, keys, 0)
     layer = cache.layers[0]
-    return layer.n_coded, layer.attend(queries, mask=None, scaling=0.1).numpy().tobytes()
+    out = Handout(layer, layer.store, 300, None, Expansions(), 0).attend(queries, mask=None, scaling=0.1)
+    return layer.n_coded, out.numpy().tobytes()
 
 
 torch.set_num_threads(1)
@@ -182,7 +186,7 @@ generator = torch.Generator().manual_seed(0)
 keys = torch.randn(1, 2, 200, 64, generator=generator)
 queries = torch.randn(1, 4, 1, 64, generator=generator)
 cache, expected = CompressedDynamicCache.from_preset(preset), coded(CompressedDynamicCache.from_preset(preset))
-moments = Moments(2, 64, [None])
+moments = Moments([(2, 64, 64, None)])
 child = os.fork()
 if child == 0:
     try:
@@ -213,4 +217,4 @@ def test_no_room_for_a_thread(tmp_path: Path) -> None:
     """Without threads to be had a cache does all on the caller's, with the same bits; calibration raises."""
     path = tmp_path / "preset.safetensors"
     preset_of("llama", 4.0, 32, head_dim=64).save(path)
-    assert _run(_NO_THREADS, str(path)) == 192
+    assert _run(_NO_THREADS, str(path)) == 188

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -15,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor
 
 from cache_helpers import compressed_cache, identity_cache, model_of, preset_of, random_kv, tokens
-from kvlathe import CacheStateError, CompressedDynamicCache, KvlatheError, attach, detach
+from kvlathe import CacheStateError, CompressedDynamicCache, KvlatheError
+from kvlathe.stores.native import NativeStore
 from tiny_models import tiny
 
 _GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
@@ -38,12 +41,10 @@ def quick_switches() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", _MAKE)
-@pytest.mark.parametrize("attached", [False, True], ids=["expanded", "attached"])
-def test_caches_of_their_own(kind: str, attached: bool, quick_switches: None) -> None:
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_caches_of_their_own(kind: str, attention: str, quick_switches: None) -> None:
     """Different prompts, beams among them, on one model: what each thread would have written alone."""
-    model = tiny("gemma3" if kind == "window" else "llama")
-    if attached:
-        attach(model)
+    model = tiny("gemma3" if kind == "window" else "llama", attn_implementation=attention)
 
     def generate(seed: int) -> Tensor:
         ids = tokens(50 + 3 * seed, seed)
@@ -60,26 +61,54 @@ def _lengths(cache: CompressedDynamicCache) -> set[int]:
     return {layer.get_seq_length() for layer in cache.layers}
 
 
-@pytest.mark.parametrize("attached", [False, True], ids=["expanded", "attached"])
+class _Pause(LogitsProcessor):
+    """Does something behind a pass of `generate`, before the next one: the ``at``-th, from 0."""
+
+    def __init__(self, do: Callable[[], object], at: int = 0) -> None:
+        self.do, self.at, self.n_passes = do, at, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.n_passes == self.at:
+            self.do()
+        self.n_passes += 1
+        return scores
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", _MAKE)
-def test_two_threads_generating_with_one_cache(kind: str, attached: bool, quick_switches: None) -> None:
-    """Whoever finishes has what it would have had alone, or an error is raised; and `reset` makes all good."""
-    model = tiny("gemma3" if kind == "window" else "llama")
-    if attached:
-        attach(model)
+def test_two_threads_generating_with_one_cache(
+    kind: str, attention: str, quick_switches: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever finishes has what it would have had alone, or an error is raised; and `reset` makes all good.
+
+    That is of calls that overlap, so neither goes on behind its first pass before the other has tried one, too.
+    """
+    monkeypatch.setattr("kvlathe.cache.passes._PATIENCE_SECONDS", 0.05)
+    model = tiny("gemma3" if kind == "window" else "llama", attn_implementation=attention)
     ids = tokens(40)
     expected = model.generate(ids, past_key_values=_MAKE[kind](), max_new_tokens=12, **_GREEDY)
     cache = _MAKE[kind]()
     n_refused = 0
     for _ in range(8):
-        barrier = threading.Barrier(2)
+        barrier, tried = threading.Barrier(2), [threading.Event() for _ in range(2)]
 
-        def generate(barrier: threading.Barrier = barrier) -> Tensor:
+        def generate(
+            thread: int, barrier: threading.Barrier = barrier, tried: list[threading.Event] = tried
+        ) -> Tensor:
+            def meet() -> None:
+                tried[thread].set()
+                assert tried[1 - thread].wait(600)
+
             barrier.wait()
-            return model.generate(ids, past_key_values=cache, max_new_tokens=12, **_GREEDY)
+            try:
+                return model.generate(
+                    ids, past_key_values=cache, max_new_tokens=12, logits_processor=[_Pause(meet)], **_GREEDY
+                )
+            finally:
+                tried[thread].set()
 
         with ThreadPoolExecutor(2) as pool:
-            done = [pool.submit(generate) for _ in range(2)]
+            done = [pool.submit(generate, thread) for thread in range(2)]
         errors = [future.exception() for future in done]
         for future, error in zip(done, errors, strict=True):
             if error is None:
@@ -94,6 +123,46 @@ def test_two_threads_generating_with_one_cache(kind: str, attached: bool, quick_
         assert torch.equal(model.generate(ids, past_key_values=cache, max_new_tokens=12, **_GREEDY), expected)
         cache.reset()
     assert n_refused
+
+
+@pytest.mark.parametrize("kind", _MAKE)
+def test_calls_that_follow_each_other_are_one_sequence(kind: str) -> None:
+    """Whichever threads they are in, and whatever the second has seen there before the first began."""
+    model = model_of("gemma3" if kind == "window" else "llama")
+
+    def generate(cache: CompressedDynamicCache, seed: int) -> Tensor:
+        return model.generate(tokens(40, seed), past_key_values=cache, max_new_tokens=12, **_GREEDY)
+
+    cache, shared = _MAKE[kind](), _MAKE[kind]()
+    expected = [generate(cache, seed) for seed in range(2)]
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        assert second.submit(shared.get_seq_length).result() == 0
+        got = [thread.submit(generate, shared, seed).result() for seed, thread in enumerate((first, second))]
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        # And back: a pool's threads live on, and nobody says that their calls are over.
+        ids = torch.cat([expected[1], tokens(9, 2)], dim=1)
+        again = first.submit(lambda: model(input_ids=ids[:, -10:], past_key_values=shared).logits).result()
+    assert torch.equal(again, model(input_ids=ids[:, -10:], past_key_values=cache).logits)
+
+
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("kind", _MAKE)
+def test_a_call_between_two_passes_of_anothers(kind: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers are alike then, and the other thread is still told."""
+    monkeypatch.setattr("kvlathe.cache.passes._PATIENCE_SECONDS", 0.05)
+    model, cache = model_of("gemma3" if kind == "window" else "llama"), _MAKE[kind]()
+    asked = {"max_new_tokens": 12, **_GREEDY}
+    expected = model.generate(tokens(40), past_key_values=_MAKE[kind](), **asked)
+    found: list[Exception | None] = []
+
+    def intrude() -> None:
+        ids = tokens(60, 1)
+        found.append(_Elsewhere(lambda: model.generate(ids, past_key_values=cache, **asked)).error)
+        found.append(_Elsewhere(lambda: model(input_ids=ids, past_key_values=cache)).error)
+
+    got = model.generate(tokens(40), past_key_values=cache, logits_processor=[_Pause(intrude, at)], **asked)
+    assert len(found) == 2 and all(isinstance(error, CacheStateError) for error in found), found
+    assert torch.equal(got, expected)
 
 
 def test_any_call_from_two_threads(quick_switches: None) -> None:
@@ -166,6 +235,7 @@ def test_the_second_thread_is_told(quick_switches: None) -> None:
         lambda: cache.reorder_cache(torch.tensor([0])),
         lambda: cache.batch_repeat_interleave(2),
         lambda: cache.__deepcopy__({}),
+        lambda: pickle.dumps(cache),
     ]
 
     def intrude(*_: object) -> None:
@@ -176,7 +246,7 @@ def test_the_second_thread_is_told(quick_switches: None) -> None:
     with torch.no_grad():
         disturbed = model(input_ids=tokens(1), past_key_values=cache).logits
     hook.remove()
-    assert len(found) == 6 and all(isinstance(error, CacheStateError) for error in found), found
+    assert len(found) == 7 and all(isinstance(error, CacheStateError) for error in found), found
     fresh = compressed_cache("llama")
     with torch.no_grad():
         model(input_ids=tokens(40), past_key_values=fresh)
@@ -203,6 +273,8 @@ _FORK = """
 import json, os, signal, sys
 import torch
 from kvlathe import CompressedDynamicCache, Preset
+from kvlathe.cache.expansions import Expansions
+from kvlathe.cache.handout import Handout
 
 torch.set_num_threads(3)
 preset = Preset.load(sys.argv[1])
@@ -222,7 +294,8 @@ queries = torch.randn(2, 4, 1, dim, generator=generator)
 
 def look():
     layer = cache.layers[0]
-    tensors = [layer.attend(queries, mask=None, scaling=0.3), layer.keys, layer.values]
+    out = Handout(layer, layer.store, 1, None, Expansions(), 0).attend(queries, mask=None, scaling=0.3)
+    tensors = [out, layer.keys, layer.values]
     # Bytes, as torch's own operations on several threads may hang in a child.
     return [tensor.numpy().tobytes() for tensor in tensors]
 
@@ -265,21 +338,24 @@ def test_fork_after_use(tmp_path: Path) -> None:
     assert json.loads(done.stdout) == [0] * 6
 
 
-def test_a_model_detached_halfway_gets_no_stand_ins() -> None:
-    """An announcement of attention from the blocks must not outlive the pass that it was for."""
-    model, cache = attach(tiny("llama")), compressed_cache("llama")
+def test_a_pass_that_broke_off_before_its_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waited for attention that never came is coded with the next pass, of another attention too."""
+    model, cache, fresh = tiny("llama"), compressed_cache("llama", tail=0), compressed_cache("llama", tail=0)
 
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with torch.no_grad():
-        model(input_ids=tokens(40), past_key_values=cache)
-        hook = model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            model(input_ids=tokens(1), past_key_values=cache)
-        hook.remove()
-        detach(model)
-        got = model(input_ids=tokens(1), past_key_values=cache).logits
-        fresh = compressed_cache("llama")
-        model(input_ids=tokens(40), past_key_values=fresh)
-        assert torch.equal(got, model(input_ids=tokens(1), past_key_values=fresh).logits)
+        for each in (cache, fresh):
+            model(input_ids=tokens(40), past_key_values=each)
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(NativeStore, "attend", interrupt)
+            model(input_ids=tokens(9, 1), past_key_values=cache)
+        assert [layer.get_seq_length() for layer in cache.layers] == [49, 40]
+        cache.crop(0)
+        model.set_attn_implementation("eager")
+        got, expected = (
+            model(input_ids=tokens(9, 2), past_key_values=each).logits for each in (cache, fresh)
+        )
+    assert torch.equal(got, expected)
+    assert [layer.n_coded for layer in cache.layers] == [layer.n_coded for layer in fresh.layers]

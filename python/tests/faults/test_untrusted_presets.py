@@ -349,7 +349,7 @@ def test_show_prints_what_it_can(
 def test_a_model_that_does_not_fit_is_named_without_its_escapes(
     tmp_path: Path, model_folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = _odd(tmp_path, model="good\x1b[31m")
+    path = _odd(tmp_path, model="good\x1b[31m", fingerprint="0" * 64, cache_fingerprint="0" * 64)
     command = ["verify", str(path), "--model", str(model_folder), "--text", str(text_file)]
     assert main([*command, "--target-kld", "1"]) == 1
     error = capsys.readouterr().err

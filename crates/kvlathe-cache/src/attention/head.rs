@@ -23,10 +23,21 @@ const MAX_BLOCKS: usize = MAX_TOKENS_AT_ONCE / BLOCK_LENS[0];
 /// A tile's place among the tokens.
 #[derive(Clone, Copy)]
 pub(super) struct Place {
+    /// Position of the first column.
     pub(super) first: usize,
-    pub(super) n_tokens: usize,
-    /// Columns of its scores: `n_tokens` and padding.
+    /// Columns in front that stand for no token: placeholders of a block.
+    pub(super) n_placeholders: usize,
+    /// Columns to the end of the last token.
+    pub(super) n_slots: usize,
+    /// Columns of its scores: `n_slots` and padding.
     pub(super) width: usize,
+}
+
+impl Place {
+    /// Columns of tokens.
+    pub(super) fn held(&self) -> Range<usize> {
+        self.n_placeholders..self.n_slots
+    }
 }
 
 /// Packed blocks that follow one another, the same of all heads.
@@ -92,15 +103,16 @@ impl<E: Element> Head<'_, E> {
             let tile = start..run.blocks.end.min(start + blocks_of_tile);
             let (key_blocks, value_blocks) = (&mut key_blocks[..tile.len()], &mut value_blocks[..tile.len()]);
             for (i, at) in tile.enumerate() {
-                key_blocks[i] = &self.key.block(at)[key_range.clone()];
-                value_blocks[i] = &self.value.block(at)[value_range.clone()];
+                key_blocks[i] = &self.key.blocks()[at].packed()[key_range.clone()];
+                value_blocks[i] = &self.value.blocks()[at].packed()[value_range.clone()];
             }
-            let first = self.key.coded_at() + start * block_len;
+            let first = self.key.blocks_at() + start * block_len;
+            let held = self.key.coded_at().saturating_sub(first)..key_blocks.len() * block_len;
             let n_tokens = key_blocks.len() * block_len;
             scores.resize(n * n_tokens, BUFFERS)?;
             keys.score_blocks(isa, key_blocks, walk.as_mut(), queries, value_blocks, scores, scratch)?;
             self.cap(scores);
-            self.visibility.hide(scores, (n_tokens, n_tokens), first, 0..n);
+            self.visibility.hide(scores, (n_tokens, held), first, 0..n);
             weigh(isa, scores, n_tokens, max, sum, rescale);
             for (query, factor) in rescale.iter().enumerate().filter(|(_, factor)| **factor != 1.0) {
                 sums.scale(query, *factor);
@@ -147,7 +159,7 @@ impl<E: Element> Head<'_, E> {
         let n_tokens = keys.len() / key_dim;
         scores.resize(n * n_tokens, BUFFERS)?;
         row_products(best_isa(), self.queries, E::widen(keys, wide)?, scores, (key_dim, n_tokens));
-        let place = Place { first, n_tokens, width: n_tokens };
+        let place = Place { first, n_placeholders: 0, n_slots: n_tokens, width: n_tokens };
         self.add_tile(scores, E::widen(values, wide)?, place, (0..n, 0), partial, sums)
     }
 
@@ -167,7 +179,7 @@ impl<E: Element> Head<'_, E> {
         rescale.resize(n, BUFFERS)?;
         added.resize(n * dim, BUFFERS)?;
         self.cap(scores);
-        self.visibility.hide(scores, (place.width, place.n_tokens), place.first, rows);
+        self.visibility.hide(scores, (place.width, place.held()), place.first, rows);
         weigh(isa, scores, place.width, &mut partial.max[to..to + n], &mut partial.sum[to..to + n], rescale);
         product(isa, scores, values, added, (place.width, dim));
         let out = partial.out[to * dim..(to + n) * dim].chunks_exact_mut(dim);

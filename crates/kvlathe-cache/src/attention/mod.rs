@@ -3,9 +3,9 @@
 //! Every head's tokens are cut into parts that threads work on independently; each keeps its own maximum and sum, and
 //! the results are joined at the end (as in split-k flash decoding).
 
-mod dense;
+mod few;
 mod head;
-mod packed;
+mod many;
 mod partial;
 mod visibility;
 
@@ -13,10 +13,10 @@ use std::cell::RefCell;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
-use kvlathe_codec::{Element, Lines, StreamSet};
+use kvlathe_codec::{Aligned, Element, StreamSet};
 
 use crate::error::{CacheError, Result};
-use crate::layer::LayerCache;
+use crate::layer::{LayerCache, check_held};
 use crate::view::TensorView;
 use crate::workspace::with_workspace;
 use head::Head;
@@ -29,8 +29,8 @@ const WORTH_WAKING: usize = 500_000;
 /// What a call works with beside its output.
 #[derive(Default)]
 struct Buffers {
-    queries: Lines<f32>,
-    packed: packed::Buffers,
+    queries: Aligned<f32>,
+    few: few::Buffers,
 }
 
 thread_local! {
@@ -38,7 +38,7 @@ thread_local! {
 }
 
 /// Queries in float32, times the attention's scaling.
-fn widen<E: Element>(queries: &TensorView<'_, E>, scaling: f32, wide: &mut Lines<f32>) -> Result<()> {
+fn widen<E: Element>(queries: &TensorView<'_, E>, scaling: f32, wide: &mut Aligned<f32>) -> Result<()> {
     let [batch, query_heads, n_queries, dim] = queries.shape();
     wide.resize(batch * query_heads * n_queries * dim, "queries")?;
     let mut vectors = wide.chunks_exact_mut(dim);
@@ -61,10 +61,8 @@ pub struct AttentionOptions<'a> {
     /// Factor on q·k.
     pub scaling: f32,
     /// Which keys a query sees, `[1 or batch, n_queries, n_seen]`, nonzero = seen; `n_seen` are the last tokens, those
-    /// that [`AttentionOptions::seen`] says. Without it attention is causal, the last query at the last token.
+    /// that [`Policy::seen`](crate::Policy::seen) says. Without it attention is causal, the last query at the last token.
     pub mask: Option<&'a [u8]>,
-    /// Sliding-window attention: a query sees the last so many tokens at most, its own included. A mask has that in it.
-    pub window: Option<NonZeroUsize>,
     /// Scores become c·tanh(score / c).
     pub softcap: Option<f32>,
     /// One score a query head that joins the softmax without a value (gpt-oss).
@@ -74,17 +72,16 @@ pub struct AttentionOptions<'a> {
 impl Default for AttentionOptions<'_> {
     /// Causal, with scores as they are.
     fn default() -> Self {
-        Self { scaling: 1.0, mask: None, window: None, softcap: None, sink_scores: None }
+        Self { scaling: 1.0, mask: None, softcap: None, sink_scores: None }
     }
 }
 
-impl AttentionOptions<'_> {
-    /// Positions that any of the last `n_queries` of `n_tokens` tokens may see: all, or those of the window.
-    #[must_use]
-    pub fn seen(&self, n_queries: usize, n_tokens: usize) -> Range<usize> {
-        let n_past = n_tokens.saturating_sub(n_queries);
-        self.window.map_or(0, |window| n_past.saturating_sub(window.get() - 1))..n_tokens
-    }
+/// Where a call writes.
+struct Output<'a, E> {
+    /// `[batch, n_queries, query heads, value_dim]`.
+    out: &'a mut [E],
+    /// `[batch, query heads, n_queries]`.
+    lse: Option<&'a mut [f32]>,
 }
 
 /// One call: what all of its parts read.
@@ -130,14 +127,14 @@ impl<E: Element> Call<'_, E> {
         let (key, value) = self.layer.sides(row);
         let spans =
             self.spans.map(|s| if s.len() == n_queries { s } else { &s[row * n_queries..][..n_queries] });
-        let window = self.options.window.map_or(usize::MAX, NonZeroUsize::get);
+        let window = self.layer.policy().window.map_or(usize::MAX, NonZeroUsize::get);
         let visibility = Visibility { mask, spans, window, n_queries, first_seen, n_tokens };
         let (keys, values, queries) = (self.keys, self.values, self.queries_of(at));
         Head { key, value, keys, values, head, queries, visibility, options: self.options }
     }
 
-    /// Writes what the queries of head `at` from `first` on have found to `out`, `[batch, n_queries, query heads, value_dim]`.
-    fn write(&self, at: usize, first: usize, found: &mut Partial, out: &mut [E]) -> Result<()> {
+    /// Writes what the queries of head `at` from `first` on have found.
+    fn write(&self, at: usize, first: usize, found: &mut Partial, to: &mut Output<'_, E>) -> Result<()> {
         let (row, head) = (at / self.layer.n_heads(), at % self.layer.n_heads());
         let (n_queries, first_head) = (self.n_queries, head * self.query_heads / self.layer.n_heads());
         if let Some(scores) = self.options.sink_scores {
@@ -150,9 +147,13 @@ impl<E: Element> Call<'_, E> {
         let value_dim = values.head_dim();
         for (i, vector) in found.out.chunks_exact(value_dim).enumerate() {
             let (member, query) = ((first + i) / n_queries, (first + i) % n_queries);
-            let to = ((row * n_queries + query) * self.query_heads + first_head + member) * value_dim;
-            for (o, v) in out[to..to + value_dim].iter_mut().zip(vector) {
+            let query_head = first_head + member;
+            let at = ((row * n_queries + query) * self.query_heads + query_head) * value_dim;
+            for (o, v) in to.out[at..at + value_dim].iter_mut().zip(vector) {
                 *o = E::from_f32(*v);
+            }
+            if let Some(lse) = &mut to.lse {
+                lse[(row * self.query_heads + query_head) * n_queries + query] = found.log_sum_exp(i);
             }
         }
         Ok(())
@@ -171,6 +172,9 @@ impl<E: Element> LayerCache<E> {
     /// included, on at most `n_threads` threads.
     ///
     /// `out` is `[batch, n_queries, query heads, value_dim]`. Query head h reads KV head h / (query heads / KV heads).
+    /// `lse` receives log Σ e^score of each query, `[batch, query heads, n_queries]`, with which its output can be joined to
+    /// that over other tokens, as flash decoding joins its parts: −∞ where it saw nothing. A score of
+    /// [`AttentionOptions::sink_scores`] is among the summands.
     ///
     /// # Errors
     /// Shapes that do not fit, a layer for which [`LayerCache::can_attend`] is false, a window that begins before the
@@ -180,25 +184,31 @@ impl<E: Element> LayerCache<E> {
         queries: TensorView<'_, E>,
         options: AttentionOptions<'_>,
         out: &mut [E],
+        lse: Option<&mut [f32]>,
         n_threads: usize,
     ) -> Result<()> {
         let [batch, query_heads, n_queries, dim] = queries.shape();
         let (Some((keys, values)), true) = (self.stream_sets(), self.can_attend()) else {
             return Err(CacheError::NotFused);
         };
-        let seen = options.seen(n_queries, self.n_tokens());
+        let seen = self.policy().seen(n_queries, self.n_tokens());
         self.check_queries(&queries, keys.head_dim(), &options, out.len(), values.head_dim())?;
-        if out.is_empty() {
+        let (given, expected) = (lse.as_ref().map(|lse| lse.len()), batch * query_heads * n_queries);
+        if let Some(given) = given.filter(|given| *given != expected) {
+            return Err(CacheError::Buffer { what: "log-sum-exp", given, expected });
+        }
+        let mut to = Output { out, lse };
+        if to.out.is_empty() {
             return Ok(());
         }
-        self.check_held(&seen)?;
+        check_held(&seen, self.first())?;
         let work = batch * query_heads * n_queries * seen.len() * (dim + values.head_dim());
         let n_threads = if work < WORTH_WAKING { 1 } else { n_threads.max(1) };
         let n_rows = query_heads / self.n_heads() * n_queries;
-        let many = n_rows >= dense::MIN_QUERIES;
+        let many = n_rows >= many::MIN_QUERIES;
         let spans = options.mask.filter(|_| many).and_then(|mask| spans(mask, seen.len()));
         let mut attend_with = |buffers: &mut Buffers| {
-            let Buffers { queries: wide, packed } = buffers;
+            let Buffers { queries: wide, few } = buffers;
             widen(&queries, options.scaling, wide)?;
             let (layer, queries, spans) = (self, &**wide, spans.as_deref());
             let first_seen = seen.start;
@@ -215,9 +225,9 @@ impl<E: Element> LayerCache<E> {
                 spans,
             };
             if many {
-                dense::attend(&call, out, n_threads)
+                many::attend(&call, &mut to, n_threads)
             } else {
-                packed::attend(&call, packed, out, n_threads)
+                few::attend(&call, few, &mut to, n_threads)
             }
         };
         if many {
@@ -239,7 +249,7 @@ impl<E: Element> LayerCache<E> {
         let [batch, query_heads, n_queries, dim] = queries.shape();
         let heads = self.n_heads();
         let masked = options.mask.map_or(0, <[u8]>::len);
-        let per_row = n_queries * options.seen(n_queries, self.n_tokens()).len();
+        let per_row = n_queries * self.policy().seen(n_queries, self.n_tokens()).len();
         let mask_fits = options.mask.is_none() || masked == per_row || masked == batch * per_row;
         for (what, given, expected) in [
             ("the queries' batch size", batch, self.batch()),

@@ -1,6 +1,6 @@
 //! What a part of the tokens contributes to a softmax, and how parts are joined.
 
-use kvlathe_codec::{CoefficientSums, Scratch, StreamTables, best_isa, memory, shrinkage};
+use kvlathe_codec::{CoefficientSums, Scratch, StreamTables, best_isa, memory, rescale_factor};
 
 use crate::error::Result;
 
@@ -68,7 +68,8 @@ impl Partial {
             if largest == f32::NEG_INFINITY {
                 continue;
             }
-            let (ours, theirs) = (shrinkage(self.max[q], largest), shrinkage(other.max[q], largest));
+            let (ours, theirs) =
+                (rescale_factor(self.max[q], largest), rescale_factor(other.max[q], largest));
             self.rescale(q, ours);
             self.sum[q] = self.sum[q] * ours + other.sum[q] * theirs;
             if other.has_packed {
@@ -86,10 +87,15 @@ impl Partial {
     /// A score that takes weight but has no value (gpt-oss).
     pub(super) fn add_sink(&mut self, query: usize, score: f32) {
         let largest = self.max[query].max(score);
-        let shrink = shrinkage(self.max[query], largest);
-        self.sum[query] = self.sum[query] * shrink + shrinkage(score, largest);
-        self.rescale(query, shrink);
+        let factor = rescale_factor(self.max[query], largest);
+        self.sum[query] = self.sum[query] * factor + rescale_factor(score, largest);
+        self.rescale(query, factor);
         self.max[query] = largest;
+    }
+
+    /// log Σ e^score of a query; −∞ where nothing was seen.
+    pub(super) fn log_sum_exp(&self, query: usize) -> f32 {
+        self.max[query] + self.sum[query].ln()
     }
 
     /// The attention's output `[n, value_dim]`: zeros for a query that saw nothing (a row of padding), not NaN.

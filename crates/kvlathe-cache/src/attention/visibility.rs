@@ -112,23 +112,27 @@ impl Visibility<'_> {
         }
     }
 
-    /// Sets scores `[rows, width]` of the tokens from `first` on to −∞ where nothing is seen. Tokens from the
-    /// `valid`-th on are padding.
+    /// Sets scores `[rows, width]` to −∞ where nothing is seen: those of tokens that a query does not see, and of columns
+    /// outside `held`, which stand for no token. Column 0 has position `first`.
     pub(super) fn hide(
         &self,
         scores: &mut [f32],
-        (width, valid): (usize, usize),
+        (width, held): (usize, Range<usize>),
         first: usize,
         rows: Range<usize>,
     ) {
-        if valid < width {
-            scores.chunks_exact_mut(width).for_each(|row| row[valid..].fill(f32::NEG_INFINITY));
+        if held.len() < width {
+            for row in scores.chunks_exact_mut(width) {
+                row[..held.start].fill(f32::NEG_INFINITY);
+                row[held.end..].fill(f32::NEG_INFINITY);
+            }
         }
+        let (first, valid) = (first + held.start, held.len());
         if matches!(self.sight(rows.clone(), first..first + valid), Sight::All) {
             return;
         }
         for (row, scores) in rows.zip(scores.chunks_exact_mut(width)) {
-            let (query, scores) = (row % self.n_queries, &mut scores[..valid]);
+            let (query, scores) = (row % self.n_queries, &mut scores[held.clone()]);
             if let Some(span) = self.span(query) {
                 let column = |position: usize| position.saturating_sub(first).min(valid);
                 scores[..column(span.start)].fill(f32::NEG_INFINITY);
@@ -207,14 +211,18 @@ mod tests {
                 let is_careful = given == "some" && rows.start / n_queries != (rows.end - 1) / n_queries;
                 assert!(given == expected || is_careful, "{given} for {expected}: {rows:?} of {tokens:?}");
 
-                // A column of padding, which nobody sees.
-                let width = tokens.len() + 1;
+                // A column of padding, which nobody sees, and as many placeholders as there are tokens in front.
+                let held = tokens.start.min(2)..tokens.start.min(2) + tokens.len();
+                let width = held.end + 1;
                 let mut scores = vec![1.0; rows.len() * width];
-                visibility.hide(&mut scores, (width, tokens.len()), tokens.start, rows.clone());
+                let first = tokens.start - held.start;
+                visibility.hide(&mut scores, (width, held.clone()), first, rows.clone());
                 let shown: Vec<bool> = scores.chunks_exact(width).flatten().map(|s| *s == 1.0).collect();
                 let with_padding: Vec<bool> = seen
                     .chunks_exact(tokens.len())
-                    .flat_map(|row| row.iter().copied().chain([false]))
+                    .flat_map(|row| {
+                        std::iter::repeat_n(false, held.start).chain(row.iter().copied()).chain([false])
+                    })
                     .collect();
                 assert_eq!(shown, with_padding, "{rows:?} of {tokens:?}");
             }

@@ -1,51 +1,100 @@
-//! Weighted sums in the coefficient domain; see [`crate::attend`] for the formula.
+//! Weighted sums in the coefficient domain; see [`crate::attention`] for the formula.
 
-use super::Scratch;
-use super::floats::Floats;
-use super::lanes::{LANES, WIDE, groups, groups_mut, on_widest};
-use super::multiply::Multiply;
-use super::multiply_codes::DOT_STEP;
 use super::product::dot;
 use super::side::{unpack_drift, unpack_sides};
-use crate::attend::CoefficientSums;
-use crate::basis::StreamTables;
-use crate::block::{Parts, row_bytes};
+use crate::aligned::Aligned;
+use crate::error::Result;
+use crate::format::plane::plane_bytes;
+use crate::lanes::{LANES, WIDE, groups, groups_mut};
+use crate::simd::floats::Floats;
+use crate::simd::multiply::{Multiply, on_widest};
+use crate::simd::multiply_codes::DOT_STEP;
+use crate::transform::sums::CoefficientSums;
+use crate::transform::tables::StreamTables;
 
 /// Coefficients that are unpacked and summed together.
-pub(super) const TOGETHER: usize = 4;
+const TOGETHER: usize = 4;
 /// Σ weight · code stays below 2³¹ when the integer weights sum to less than this: 255 · 8.4 million.
 const LARGEST_SUM: f32 = 8.4e6;
 /// The largest weight is rounded to this.
 const LARGEST_WEIGHT: f32 = 32_700.0;
 
+/// What summing over some blocks needs.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct SummingBuffers {
+    /// `[tokens]` gains and step factors.
+    gains: Aligned<f32>,
+    scales: Aligned<f32>,
+    /// `[n_blocks, n_padded]` drift in steps.
+    drift: Aligned<f32>,
+    /// `[n_queries, n_blocks]`, then `[n_queries, n_padded]`: weights of blocks, and what their drift adds to sums.
+    block_weights: Aligned<f32>,
+    drift_sums: Aligned<f32>,
+    /// `[n_queries, tokens]`, tokens padded to [`DOT_STEP`]: attention weights times gains and step factors, rounded.
+    weights: Aligned<i16>,
+    /// `[n_queries]`: what the unit of rounded weights is worth, and their sums.
+    units: Aligned<f32>,
+    totals: Aligned<i32>,
+    /// `[TOGETHER, tokens]` codes of a few coefficients, tokens padded likewise.
+    codes: Aligned<u8>,
+    /// `[⌈n_coded/4⌉, n_queries, 4]`: products of weights with codes.
+    level_dots: Aligned<i32>,
+    /// `[n_queries, n_padded]`: vectors of sums of coefficients, but for the mean.
+    vectors: Aligned<f32>,
+}
+
+impl SummingBuffers {
+    /// Sizes them for accumulating.
+    pub(crate) fn fit(&mut self, tables: &StreamTables, n_queries: usize, n_blocks: usize) -> Result<()> {
+        let (n_tokens, n_padded, what) =
+            (n_blocks * tables.block_len(), tables.n_padded(), "the codec's buffers");
+        let stride = n_tokens.next_multiple_of(DOT_STEP);
+        self.gains.resize(n_tokens, what)?;
+        self.scales.resize(n_tokens, what)?;
+        self.drift.resize(n_blocks * n_padded, what)?;
+        self.block_weights.resize(n_queries * n_blocks, what)?;
+        self.drift_sums.resize(n_queries * n_padded, what)?;
+        self.weights.resize(n_queries * stride, what)?;
+        self.units.resize(n_queries, what)?;
+        self.totals.resize(n_queries, what)?;
+        self.codes.resize(TOGETHER * stride, what)?;
+        self.level_dots.resize(n_queries * tables.n_coded(), what)
+    }
+
+    /// Sizes the buffer for turning sums into vectors.
+    pub(crate) fn fit_vectors(&mut self, tables: &StreamTables, n_queries: usize) -> Result<()> {
+        self.vectors.resize(n_queries * tables.n_padded(), "the codec's buffers")
+    }
+}
+
 /// As [`StreamTables::accumulate_blocks`].
 #[inline(always)]
-pub(super) fn accumulate<M: Multiply>(
+pub(crate) fn accumulate<M: Multiply>(
     tables: &StreamTables,
     blocks: &[&[u8]],
     weights: &[f32],
     sums: &mut CoefficientSums,
-    scratch: &mut Scratch,
+    buffers: &mut SummingBuffers,
 ) {
-    let (d, n_padded, n_queries) = (tables.head_dim, tables.n_padded(), sums.n_queries());
-    let (n, n_coded, n_blocks) = (tables.block_len, tables.n_coded(), blocks.len());
+    let (d, n_padded, n_queries) = (tables.head_dim(), tables.n_padded(), sums.n_queries());
+    let (n, n_coded, n_blocks) = (tables.block_len(), tables.n_coded(), blocks.len());
     let n_tokens = n_blocks * n;
     let stride = n_tokens.next_multiple_of(DOT_STEP);
-    let Scratch {
-        weights_i16,
-        level_dots,
-        row_codes,
+    let SummingBuffers {
         gains,
         scales,
-        units,
-        totals,
         drift,
         block_weights,
         drift_sums,
-        ..
-    } = scratch;
+        weights: integer_weights,
+        units,
+        totals,
+        codes,
+        level_dots,
+        vectors: _,
+    } = buffers;
     for b in 0..n_blocks {
-        let (parts, run) = (Parts::of(tables, blocks[b]), b * n..(b + 1) * n);
+        let (parts, run) = (tables.layout.parts(blocks[b]), b * n..(b + 1) * n);
         unpack_sides::<M::F32x8>(parts.gain, parts.side, &mut gains[run.clone()], &mut scales[run]);
         unpack_drift(parts.drift, &tables.drift_units, &mut drift[b * n_padded..(b + 1) * n_padded]);
     }
@@ -60,7 +109,7 @@ pub(super) fn accumulate<M: Multiply>(
             block_weights[q * n_blocks + b] = weight;
             sums.mean_weights[q] += weight;
         }
-        let integers = &mut weights_i16[q * stride..][..stride];
+        let integers = &mut integer_weights[q * stride..][..stride];
         units[q] = on_widest!(n, quantise::<M>(weights, scales, integers));
         totals[q] = total(integers);
     }
@@ -73,17 +122,17 @@ pub(super) fn accumulate<M: Multiply>(
         }
     }
 
-    let mut next_row = tables.rows_at();
+    let mut plane_at = tables.layout.planes_at();
     for first in (0..n_coded).step_by(TOGETHER) {
         let together = TOGETHER.min(n_coded - first);
         for i in 0..together {
-            let width = tables.coefficients[first + i].width;
-            let codes = &mut row_codes[i * stride..][..n_tokens];
-            M::unpack_row_of_blocks(width, n, blocks, next_row, codes);
-            next_row += row_bytes(width, n);
+            let width = tables.layout.widths[first + i];
+            let codes = &mut codes[i * stride..][..n_tokens];
+            M::unpack_plane_of_blocks(width, n, blocks, plane_at, codes);
+            plane_at += plane_bytes(width, n);
         }
         let dots = &mut level_dots[n_queries * first..][..n_queries * together];
-        M::dot_codes(weights_i16, row_codes, dots, (stride, together));
+        M::dot_codes(integer_weights, codes, dots, (stride, together));
     }
     let whole = n_coded / TOGETHER * TOGETHER;
     for q in 0..n_queries {
@@ -151,14 +200,14 @@ fn quantise<V: Floats<N>, const N: usize>(weights: &[f32], scales: &[f32], integ
 
 /// As [`StreamTables::finish_sums`].
 #[inline(always)]
-pub(super) fn finish<M: Multiply>(
+pub(crate) fn finish<M: Multiply>(
     tables: &StreamTables,
     sums: &CoefficientSums,
     out: &mut [f32],
-    scratch: &mut Scratch,
+    buffers: &mut SummingBuffers,
 ) {
-    let (d, n_padded) = (tables.head_dim, tables.n_padded());
-    let vectors = &mut scratch.vectors[..sums.n_queries() * n_padded];
+    let (d, n_padded) = (tables.head_dim(), tables.n_padded());
+    let vectors = &mut buffers.vectors[..sums.n_queries() * n_padded];
     M::multiply(&sums.sums, tables.synthesis_rows(), vectors, (d, n_padded));
     for (q, vector) in vectors.chunks_exact(n_padded).enumerate() {
         let (out, mean_weight) = (&mut out[q * d..(q + 1) * d], sums.mean_weights[q]);

@@ -1,10 +1,17 @@
-//! Queries in a block's frame, and what the mean of its keys contributes to their scores.
+//! A block's frame: vectors and queries turned to it, and what the mean of its keys contributes to scores.
 
-use super::floats::Floats;
-use super::lanes::{LANES, WIDE, groups, groups_mut, on_widest};
-use super::multiply::Multiply;
-use crate::query::{MeanTables, Queries};
+use crate::lanes::{LANES, WIDE, groups, groups_mut};
+use crate::simd::floats::Floats;
+use crate::simd::multiply::{Multiply, on_widest};
+use crate::transform::queries::Queries;
+use crate::transform::query_tables::MeanTables;
+use crate::transform::rope::Rotation;
 
+/// Turns the block's frame vectors `x`, component-major with `n` tokens.
+#[inline(always)]
+pub(crate) fn rotate<M: Multiply>(rotation: &Rotation, x: &mut [f32], n: usize) {
+    rotation.apply_component_major(x, n);
+}
 /// Turns all queries to a block's frame: `turned` receives them in integers, `even` and `odd` their products with the
 /// mean. `cos` and `sin` are the frame's rotation, padded to whole vectors; empty where keys have no RoPE.
 #[inline(always)]

@@ -1,9 +1,9 @@
 //! A block's side information to numbers: side bytes and drift.
 
-use super::floats::UnpackSides;
-use super::lanes::{LANES, groups_mut};
-use crate::basis::DRIFT_HALF;
-use crate::gain::BlockGain;
+use crate::format::drift::DRIFT_HALF;
+use crate::format::gain::BlockGain;
+use crate::lanes::{LANES, groups_mut};
+use crate::simd::floats::UnpackSides;
 
 /// Gains and step factors of a block's tokens.
 #[inline(always)]

@@ -1,9 +1,8 @@
 //! The exponential part of an online softmax (Milakov and Gimelshein, "Online normalizer calculation for softmax",
 //! 2018): scores become weights, and a running maximum and sum are kept for each query.
 
-use super::ROUND;
-use super::lanes::{WIDE, larger, largest, total};
-use super::multiply::Multiply;
+use crate::lanes::{ROUND, WIDE, larger, largest, total};
+use crate::simd::multiply::Multiply;
 
 /// Below this, e^x counts as nothing: 10⁻²⁸ of the largest weight is far beyond what a sum in float32 can hold, and products
 /// with such weights would be subnormal numbers, which take a processor a hundred times as long.
@@ -12,7 +11,7 @@ const NEGLIGIBLE: f32 = -64.0;
 /// The factor e^(`score` − `largest`) that brings what was summed for a largest score to a larger one; zero where nothing
 /// of it would be left.
 #[must_use]
-pub fn shrinkage(score: f32, largest: f32) -> f32 {
+pub fn rescale_factor(score: f32, largest: f32) -> f32 {
     let x = score - largest;
     if x < NEGLIGIBLE { 0.0 } else { x.exp() }
 }
@@ -42,7 +41,7 @@ fn exp(x: f32) -> f32 {
 /// `rescale[q]` receives the factor by which what was summed before must be multiplied (1 if the maximum stayed).
 /// Scores of −∞ weigh nothing; a query that sees nothing keeps maximum −∞. NaN among the scores makes the sum NaN, for good.
 #[inline(always)]
-pub(super) fn weigh<M: Multiply>(
+pub(crate) fn weigh<M: Multiply>(
     scores: &mut [f32],
     n: usize,
     max: &mut [f32],

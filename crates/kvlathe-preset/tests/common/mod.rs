@@ -4,8 +4,8 @@
 #![allow(dead_code, reason = "each test binary uses some of these")]
 
 use kvlathe_preset::{
-    FORMAT_VERSION, LatheMeta, LayerPreset, Meta, Pairing, Preset, RopeDescription, SharedBasis, SidePreset,
-    StreamPreset,
+    LatheMeta, LayerPreset, LayerShape, Meta, Pairing, Preset, Rope, SharedBasis, SidePreset, StreamPreset,
+    UNIFORM_VERSION,
 };
 use serde_json::{Value, json};
 
@@ -57,10 +57,9 @@ fn side(n_kv_heads: usize, d: usize, rank: usize, random: &mut Random) -> SidePr
 /// A kvlathe preset. Numbers are not rounded to float16 yet.
 pub fn sample(n_layers: usize, n_kv_heads: usize, head_dim: usize, rank: usize) -> Preset {
     let mut random = Random::new(7);
-    let rope = |pairing, rotary_dim: usize, random: &mut Random| RopeDescription {
-        pairing,
-        rotary_dim,
-        inv_freq: (0..rotary_dim / 2).map(|_| (random.next() + 1.001) / 3.0).collect(),
+    let rope = |pairing, rotary_dim: usize, random: &mut Random| {
+        let inv_freq = (0..rotary_dim / 2).map(|_| (random.next() + 1.001) / 3.0).collect();
+        Rope::new(pairing, rotary_dim, inv_freq).expect("a valid rotation")
     };
     let ropes =
         vec![rope(Pairing::HalfSplit, head_dim, &mut random), rope(Pairing::Interleaved, 2, &mut random)];
@@ -79,13 +78,16 @@ pub fn sample(n_layers: usize, n_kv_heads: usize, head_dim: usize, rank: usize) 
         n_heads: 3 * n_kv_heads,
         compression_ratio: 16.0 / 2.7,
         lathe: Some(LatheMeta {
-            format_version: FORMAT_VERSION,
+            format_version: UNIFORM_VERSION,
             library_version: "0.1.0".to_owned(),
             n_kv_heads,
+            layer_shapes: None,
             block_len: 32,
             n_sinks: 4,
             bits_per_value: 2.7,
             fingerprint: "0123456789abcdef".repeat(4),
+            // The golden files are older than this.
+            cache_fingerprint: String::new(),
             model_type: "llama".to_owned(),
             created: "2026-11-23".to_owned(),
             calibration: object(
@@ -99,6 +101,20 @@ pub fn sample(n_layers: usize, n_kv_heads: usize, head_dim: usize, rank: usize) 
         }),
     };
     Preset { meta, layers }
+}
+
+/// A preset whose layers differ: the first is not coded, the last has keys of another size than values.
+pub fn partial_sample() -> Preset {
+    let mut preset = sample(3, 2, 4, 2);
+    let mut random = Random::new(8);
+    let shape = |n_kv_heads, key_dim, value_dim| Some(LayerShape { n_kv_heads, key_dim, value_dim });
+    let lathe = preset.meta.lathe.as_mut().expect("a kvlathe preset");
+    lathe.layer_shapes = Some(vec![None, shape(2, 4, 4), shape(1, 6, 4)]);
+    lathe.format_version = lathe.least_version();
+    preset.layers[0] = LayerPreset::default();
+    preset.layers[2] =
+        LayerPreset { rope: Some(0), key: side(1, 6, 2, &mut random), value: side(1, 4, 2, &mut random) };
+    preset
 }
 
 /// A seed preset whose first layer leaves K alone.

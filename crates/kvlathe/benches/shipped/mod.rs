@@ -27,10 +27,8 @@ impl Shipped {
 
     /// An empty layer with 4 sinks and 128 recent tokens exact.
     pub fn layer<E: Element>(&self, coding: &LayerCodings) -> LayerCache<E> {
-        let policy = Policy { n_sinks: 4, compress_start_len: 0, n_tail: 128 };
-        let head_dims = (self.head_dim, self.head_dim);
-        LayerCache::new(coding.key.clone(), coding.value.clone(), policy, 1, self.heads, head_dims)
-            .expect("the preset's shape")
+        let policy = Policy { n_sinks: 4, n_tail: 128, ..Policy::default() };
+        coding.cache(policy, 1).expect("the preset's shape")
     }
 
     /// `[1, heads, n_tokens, head_dim]`: smooth, with a different size for each token.

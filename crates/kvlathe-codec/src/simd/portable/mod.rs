@@ -1,0 +1,5 @@
+//! The text that every processor runs.
+
+mod floats;
+mod multiply;
+mod unpack_codes;

@@ -1,0 +1,1 @@
+"""Text to calibrate and to judge on: documents, split in two, and windows of tokens."""
