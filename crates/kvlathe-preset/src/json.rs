@@ -2,8 +2,9 @@
 
 use kvlathe_codec::Side;
 
+use crate::limited_wire::{Bounded, Matrix, Numbers};
 use crate::validate::check_n_layers;
-use crate::wire::{self, Bounded, FileWire, LayerWire, Matrix, Numbers, SideWire, StreamWire, Streams};
+use crate::wire::{self, FileWire, LayerWire, SideWire, StreamWire, Streams};
 use crate::{LayerPreset, Meta, Preset, PresetError, SharedBasis, SidePreset, StreamPreset};
 
 /// Editors on Windows put a byte order mark in front of UTF-8.

@@ -7,9 +7,10 @@ use kvlathe_codec::Side;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata, TensorView, serialize};
 
+use crate::limited_wire::Bounded;
 use crate::safetensors_header as header;
 use crate::validate::check_n_layers;
-use crate::wire::{self, Bounded, FileWire};
+use crate::wire::{self, FileWire};
 use crate::{LayerPreset, Meta, Preset, PresetError, SharedBasis, SidePreset, StreamPreset};
 
 /// Key of our JSON in the header's string map.

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 
 use crate::PresetError;
-use crate::wire::Bounded;
+use crate::limited_wire::Bounded;
 
 /// Bytes of the header's length, before the header.
 pub(crate) const LENGTH_BYTES: usize = 8;
