@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,27 +13,22 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..compressors import IdentityCompressor
 from ..devices import available_device
-from ..errors import CacheStateError, ModelError, PresetError, ShapeError
+from ..errors import CacheStateError, ModelError, ShapeError
 from ..given_model import input_device, transformers_model
-from ..model_identity import model_identity
 from ..preset import Preset, Side, warn_if_unverified
 from ..preset_compressors import preset_compressor
 from ..saved import by_maker
 from .builder import make_layers
-from .container import SavedCache, write_cache
-from .expansions import Expansions
+from .container import SavedCache
 from .layer import CompressedLayer
-from .layer_kinds import Stock, layer_kinds
+from .layer_kinds import Stock, check_kinds
 from .memory_stats import memory_stats
 from .padding import PaddedRows
-from .passes import Pass, Passes
-from .recurrent_states import RecurrentStates
-
-# What a pickled cache does without.
-_OF_THIS_PROCESS = ("_passes", "_expansions", "_is_asked", "_model")
+from .passes import Pass, tokens_of_each
+from .portable_cache import PortableCache
 
 
-class CompressedDynamicCache(RecurrentStates):
+class CompressedDynamicCache(PortableCache):
     """A `DynamicCache` that holds keys and values compressed.
 
     The first tokens that the compressors want exact (4 with our presets) and the last ``uncompressed_tail`` tokens
@@ -99,18 +93,7 @@ class CompressedDynamicCache(RecurrentStates):
         self.layer_class_to_replicate = None
         self.compress_start_len = compress_start_len
         self.uncompressed_tail = uncompressed_tail
-        # The identity of the weights that a loaded cache was computed with, "" if unknown.
-        self._weights = ""
         self._begin_process()
-
-    def _begin_process(self) -> None:
-        """Whose turn it is, and what was told."""
-        self._passes = Passes()
-        self._expansions = Expansions()
-        # Whether compiled code has asked for its mask since the last update.
-        self._is_asked = False
-        # The model that it was made for, as long as somebody holds it.
-        self._model: ref[nn.Module] | None = None
 
     @classmethod
     def from_preset(
@@ -149,7 +132,7 @@ class CompressedDynamicCache(RecurrentStates):
     ) -> CompressedDynamicCache:
         if config is not None:
             preset.check_model(config)
-            _check_kinds(preset, config)
+            check_kinds(preset, config)
         k_compressors = [preset_compressor(preset, layer, "key") for layer in range(preset.n_layers)]
         v_compressors = [preset_compressor(preset, layer, "value") for layer in range(preset.n_layers)]
         cache = cls.__new__(cls)
@@ -164,32 +147,6 @@ class CompressedDynamicCache(RecurrentStates):
             wanted,
         )
         return cache
-
-    def save(
-        self,
-        path: str | os.PathLike[str],
-        token_ids: Tensor | Sequence[Any] | None = None,
-        *,
-        model: nn.Module | None = None,
-    ) -> None:
-        """Write the cache to one file, which `load` reads in any process. The file appears whole or not at all.
-
-        Args:
-            token_ids: [B, n_tokens], of the tokens held; more behind them, as ``generate`` returns, are left out.
-            model: whose identity is written, so that no other weights go on from here; by default `from_preset`'s.
-
-        Raises:
-            ContainerError: the file cannot be written; the old one is as it was.
-            ShapeError: ids of other tokens than the cache holds.
-            PresetError: a cache that is not made from one calibrated preset.
-            ModelError: layers that are transformers' own, or weights that are not there.
-            CacheStateError: an empty cache, layers that are unlike, or another thread at work on them.
-        """
-        if model is None and self._model is not None:
-            model = self._model()
-        weights = self._weights if model is None else model_identity(model)
-        with self._passes.unchanged("save()"):
-            write_cache(self.layers, path, token_ids, weights)
 
     @classmethod
     def load(
@@ -370,18 +327,8 @@ class CompressedDynamicCache(RecurrentStates):
         compressed = [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
         # Some models leave layers out, always the same ones.
         held = [layer.held for layer in compressed if layer.get_seq_length()]
-        if len(set(held)) > 1:
-            tokens, rows = ({states[at] for states in held} for at in range(2))
-            unlike = (
-                f"{min(tokens)} to {max(tokens)} tokens" if len(tokens) > 1 else f"batches of {sorted(rows)}"
-            )
-            raise CacheStateError(
-                f"layers of this cache hold {unlike}: a pass through the model, or another call, was cut short by an "
-                f"exception or mixed up with another thread's; crop(0) removes the tokens of such a pass unless it "
-                f"was the cache's first, reset() empties the cache"
-            )
         if compressed:
-            self._passes.begin(held[0][0] if held else 0, len(compressed))
+            self._passes.begin(tokens_of_each(held), len(compressed))
         self._expansions.begin_pass()
 
     def _check_pass(self, layer_idx: int, current: Pass) -> None:
@@ -455,38 +402,12 @@ class CompressedDynamicCache(RecurrentStates):
         with self._passes.alone("batch_repeat_interleave()"):
             super().batch_repeat_interleave(repeats)
 
-    def __getstate__(self) -> dict[str, Any]:
-        with self._passes.unchanged("pickling"):
-            state = {name: held for name, held in self.__dict__.items() if name not in _OF_THIS_PROCESS}
-            # Copies share the packed blocks, and nobody changes them while they are written.
-            state["layers"] = [
-                copy.copy(layer) if isinstance(layer, CompressedLayer) else layer for layer in self.layers
-            ]
-            return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._begin_process()
-
     def __reduce__(self) -> tuple[Any, ...]:
         state = self.__getstate__()
         layers = [
             layer if isinstance(layer, CompressedLayer) else Stock(layer) for layer in state.pop("layers")
         ]
         return by_maker("cache", None if type(self) is CompressedDynamicCache else type(self), layers, state)
-
-    def __copy__(self) -> CompressedDynamicCache:
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        return twin
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedDynamicCache:
-        with self._passes.unchanged("copy.deepcopy()"):
-            twin = object.__new__(type(self))
-            memo[id(self)] = twin
-            for name, value in self.__dict__.items():
-                twin.__dict__[name] = copy.deepcopy(value, memo)
-        return twin
 
     def compressor(self, layer_idx: int, side: Side) -> nn.Module:
         """The compressor of one layer's "key" or "value" side; that of a layer of transformers' own is exact."""
@@ -524,18 +445,4 @@ class CompressedDynamicCache(RecurrentStates):
         return (
             f"{type(self).__name__}({stats['num_layers']} layers, {stats['seq_len']} tokens, "
             f"{stats['compressed_tokens']} of them coded, {stats['total_mb']:.1f} MB)"
-        )
-
-
-def _check_kinds(preset: Preset, config: PreTrainedConfig) -> None:
-    """Refuse a preset that codes layers in which the model keeps something else than keys and values.
-
-    Raises:
-        PresetError: with such layers.
-    """
-    kinds = layer_kinds(config, preset.n_layers)
-    if others := [layer for layer in preset.coded_layers if not kinds[layer].is_coded]:
-        raise PresetError(
-            f"the preset of {preset.meta['model']} codes keys and values of layers {others}, where this model keeps "
-            f"something else; use the preset of this model"
         )

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..errors import ModelError, PicklingError, ShapeError
+from ..errors import ModelError, PicklingError, PresetError, ShapeError
+from ..preset import Preset
 from ..saved import by_maker, maker
 
 # transformers' layers with keys and values and a state of linear attention beside them; older ones have the first only.
@@ -161,3 +162,17 @@ def _tensors(held: Any) -> Iterator[Tensor]:
     elif isinstance(held, dict):
         for value in held.values():
             yield from _tensors(value)
+
+
+def check_kinds(preset: Preset, config: PreTrainedConfig) -> None:
+    """Refuse a preset that codes layers in which the model keeps something else than keys and values.
+
+    Raises:
+        PresetError: with such layers.
+    """
+    kinds = layer_kinds(config, preset.n_layers)
+    if others := [layer for layer in preset.coded_layers if not kinds[layer].is_coded]:
+        raise PresetError(
+            f"the preset of {preset.meta['model']} codes keys and values of layers {others}, where this model keeps "
+            f"something else; use the preset of this model"
+        )

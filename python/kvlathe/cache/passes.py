@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import get_ident
@@ -60,6 +60,26 @@ def _generates(thread: int, cache: Any) -> bool:
                 return True
         frame = frame.f_back
     return False
+
+
+def tokens_of_each(held: Sequence[tuple[int, int]]) -> int:
+    """How many tokens layers hold that must be alike; 0 without any.
+
+    Args:
+        held: tokens and rows of each layer that is not empty.
+
+    Raises:
+        CacheStateError: they are unlike.
+    """
+    if len(set(held)) > 1:
+        tokens, rows = ({layer[at] for layer in held} for at in range(2))
+        unlike = f"{min(tokens)} to {max(tokens)} tokens" if len(tokens) > 1 else f"batches of {sorted(rows)}"
+        raise CacheStateError(
+            f"layers of this cache hold {unlike}: a pass through the model, or another call, was cut short by an "
+            f"exception or mixed up with another thread's; crop(0) removes the tokens of such a pass unless it "
+            f"was the cache's first, reset() empties the cache"
+        )
+    return held[0][0] if held else 0
 
 
 class Passes:
