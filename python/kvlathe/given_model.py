@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from .errors import ModelError
 
@@ -68,10 +68,29 @@ def plain_tokens(model: PreTrainedModel, n_tokens: int, seed: int = 0) -> Tensor
     return plain.multinomial(n_tokens, replacement=True, generator=generator)
 
 
-def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """A cache under the name by which the model's forward and its `generate` take it: ``past_key_values``, or since
-    transformers 5.24 ``cache``.
+def reads_text(model: PreTrainedModel) -> bool:
+    """Whether token ids are all that a pass needs. An encoder of sounds or images wants something else."""
+    return not model.config.is_encoder_decoder or model.main_input_name == "input_ids"
+
+
+def decoder_inputs(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """What makes the model's decoder read these tokens [B, T], on the model's device. An encoder, where there is one,
+    reads the same text: its decoder's own attention is what a cache of ours holds.
     """
+    ids = ids.to(input_device(model))
+    return (
+        {"input_ids": ids, "decoder_input_ids": ids}
+        if model.config.is_encoder_decoder
+        else {"input_ids": ids}
+    )
+
+
+def cache_argument(model: PreTrainedModel, cache: Cache) -> dict[str, Any]:
+    """A cache of the decoder's own attention, as the model's forward and its `generate` take it: ``past_key_values``,
+    or since transformers 5.24 ``cache``; of an encoder-decoder with a cache for its cross-attention beside it.
+    """
+    if model.config.is_encoder_decoder:
+        cache = EncoderDecoderCache(cache, DynamicCache())
     takes = inspect.signature(type(model).forward).parameters
     return {"cache" if "cache" in takes and "past_key_values" not in takes else "past_key_values": cache}
 
@@ -103,10 +122,10 @@ def check_predicts_tokens(model: PreTrainedModel) -> None:
         return
     logits: Any = None
     given = "no logits"
-    ids = torch.arange(2, device=input_device(model))[None] % rows
+    ids = torch.arange(2)[None] % rows
     try:
         with torch.no_grad(), evaluation_mode(model):
-            logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
+            logits = getattr(model(**decoder_inputs(model, ids), use_cache=False), "logits", None)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
         given = f"an error ({error})"
     if isinstance(logits, Tensor):

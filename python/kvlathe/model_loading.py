@@ -22,7 +22,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from .calibration.layer_probe import attention_modules, check_supported
 from .errors import ModelError
@@ -183,8 +189,9 @@ def convert_gguf(
 def _from_pretrained(
     location: str, device: str | torch.device, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, Any]:
-    loaded: Any = AutoModelForCausalLM
     with loading_bars_on_terminals_only():
+        both = AutoConfig.from_pretrained(location).is_encoder_decoder
+        loaded: Any = AutoModelForSeq2SeqLM if both else AutoModelForCausalLM
         model, info = loaded.from_pretrained(location, dtype=dtype, output_loading_info=True)
     # transformers fills them with random numbers and logs it.
     if missing := sorted(info["missing_keys"]):
@@ -204,7 +211,7 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> LoadedModel:
-    """Load a decoder-only model and its tokenizer.
+    """Load a language model and its tokenizer.
 
     Args:
         source: a model folder, a ``.gguf`` file, a hub name such as ``Qwen/Qwen2.5-0.5B``, ``"smollm2"`` for

@@ -46,17 +46,27 @@ def bundled_preset() -> Preset:
         return Preset.load(path)
 
 
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with a byte-level tokenizer, saved as `from_pretrained` wants it."""
-    folder = tmp_path_factory.mktemp("model")
+def _folder(folder: Path, name: str) -> Path:
+    """A tiny model with a byte-level tokenizer, saved as `from_pretrained` wants it."""
     vocabulary = {symbol: at for at, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    tiny("llama", vocab_size=len(vocabulary)).save_pretrained(folder)
+    tiny(name, vocab_size=len(vocabulary)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama."""
+    return _folder(tmp_path_factory.mktemp("model"), "llama")
+
+
+@pytest.fixture(scope="session")
+def encoder_decoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BART."""
+    return _folder(tmp_path_factory.mktemp("bart"), "bart")
 
 
 @pytest.fixture(scope="session")

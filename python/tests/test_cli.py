@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import DynamicCache, EncoderDecoderCache
 
-from kvlathe import Preset
+from kvlathe import CompressedDynamicCache, Preset, load_model
 from kvlathe.cli import main
 from kvlathe.legacy.auto_tune import tune_main
 
@@ -40,6 +42,25 @@ def test_tune_writes_a_preset_within_budget(
     assert main(["show", str(output)]) == 0
     shown = capsys.readouterr().out
     assert "bits a value" in shown and "top-1 agreement" in shown
+
+
+def test_an_encoder_decoder_is_tuned_verified_and_generates_from_blocks(
+    encoder_decoder_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "preset.safetensors"
+    given = arguments(encoder_decoder_folder, text_file, output, "--target-ppl-delta", "0.05")
+    assert main(["tune", *given]) == 0
+    own = ["--model", str(encoder_decoder_folder), "--text", str(text_file)]
+    assert main(["verify", str(output), *own]) == 0
+    assert "The promise holds" in capsys.readouterr().out
+
+    model = load_model(encoder_decoder_folder).model
+    cache = CompressedDynamicCache.from_preset(Preset.load(output), model=model)
+    encoded, ids = torch.arange(3, 33)[None], torch.arange(3, 63)[None]
+    both = EncoderDecoderCache(cache, DynamicCache())
+    model.generate(encoded, decoder_input_ids=ids, past_key_values=both, max_new_tokens=12, min_new_tokens=12)
+    stats = cache.get_memory_stats()
+    assert stats["compressed_tokens"] > 0 and stats["expanded_layers"] == 0
 
 
 def test_an_impossible_budget_writes_nothing(

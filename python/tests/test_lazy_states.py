@@ -122,6 +122,28 @@ def test_what_tells_of_sizes_expands_nothing(pair: Pair) -> None:
     assert pair.expansions.n_layers == 0 and isinstance(keys.detach(), LazyStates)
 
 
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda states: states.to(states.device),
+        lambda states: states.to(torch.zeros(1)),
+        lambda states: states.to(device="cpu", dtype=torch.float32, non_blocking=True),
+        lambda states: states.to(states),
+        lambda states: states.type(torch.float32),
+        lambda states: states.type_as(torch.zeros(1)),
+        lambda states: states.float(),
+        lambda states: states.cpu(),
+    ],
+)
+def test_a_cast_to_what_they_are_is_none(cast: Callable[[Tensor], Tensor], pair: Pair) -> None:
+    """Gemma 3n places the keys that layers share; torch gives back the tensor itself where it stands right."""
+    dense = pair.dense[0]
+    assert cast(dense) is dense and cast(pair.keys) is pair.keys
+    assert pair.expansions.n_layers == 0
+    assert torch.equal(pair.keys.to(torch.float32, copy=True), dense)
+    assert pair.expansions.n_layers == 1
+
+
 def test_calls_from_inside_of_torch_are_seen_too(pair: Pair) -> None:
     """Past `__torch_function__`: operators called by name, and from C++."""
     assert torch.equal(torch.ops.aten.add.Tensor(pair.keys, 1), pair.dense[0] + 1)

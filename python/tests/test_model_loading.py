@@ -12,7 +12,7 @@ from transformers import modeling_gguf_pytorch_utils
 import kvlathe.model_loading as loading
 from kvlathe.errors import ModelError
 from kvlathe.model_loading import attention_modules, cache_folder, check_supported, convert_gguf, load_model
-from tiny_models import PARTLY_CODED, TINY_NAMES, tiny
+from tiny_models import ENCODER_DECODERS, PARTLY_CODED, TINY_NAMES, tiny
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_a_missing_embedded_model_says_how_to_install_it(monkeypatch: pytest.Mon
         loading.embedded_model()
 
 
-@pytest.mark.parametrize("name", TINY_NAMES)
+@pytest.mark.parametrize("name", (*TINY_NAMES, *ENCODER_DECODERS))
 def test_supported_models(name: str) -> None:
     model = tiny(name)
     check_supported(model)
@@ -175,7 +175,21 @@ def _small(config: str, model: str, **settings: object) -> transformers.PreTrain
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (lambda: tiny("t5"), "encoder-decoder"),
+        (
+            lambda: _small(
+                "WhisperConfig",
+                "WhisperForConditionalGeneration",
+                d_model=32,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+            ),
+            "'input_features' for its encoder",
+        ),
         (lambda: tiny("deepseek_v3"), "latent attention"),
         (lambda: _small("MambaConfig", "MambaForCausalLM", state_size=4), "no keys and values to a cache"),
         (
@@ -189,7 +203,7 @@ def _small(config: str, model: str, **settings: object) -> transformers.PreTrain
             "no keys and values to a cache|with a cache of keys and values",
         ),
     ],
-    ids=["t5", "deepseek_v3", "mamba", "bert", "convolutions"],
+    ids=["whisper", "deepseek_v3", "mamba", "bert", "convolutions"],
 )
 def test_unsupported_models_are_refused_with_the_reason(build: object, reason: str) -> None:
     with pytest.raises(ModelError, match=reason):

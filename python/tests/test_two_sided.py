@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvlathe.calibration.quality.two_sided import ATTENTION_NAME, TwoSidedPlan, two_sided, two_sided_attention
 from kvlathe.errors import CalibrationError, ModelError, ShapeError
-from tiny_models import TINY_NAMES, VOCAB, tiny
+from tiny_models import ENCODER_DECODERS, TINY_NAMES, VOCAB, tiny
 
 EAGER = {"gemma2", "gpt_oss"}  # SDPA leaves out their softcap or their sinks
 
@@ -201,6 +201,26 @@ def test_identity_coding_equals_the_stock_model(name: str) -> None:
         torch.testing.assert_close(got[seen], expected[seen], atol=2e-5, rtol=1e-5)
         torch.testing.assert_close(model(**kwargs).logits, expected, atol=0, rtol=0)
     assert layers == list(range(model.config.num_hidden_layers)) * 2
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+@torch.no_grad()
+def test_of_an_encoder_decoder_only_the_decoders_own_attention_is_coded(name: str) -> None:
+    model = tiny(name)
+    generator = torch.Generator().manual_seed(1)
+    ids, encoded = (torch.randint(3, VOCAB, (2, n), generator=generator) for n in (60, 25))
+    given = {"input_ids": encoded, "decoder_input_ids": ids}
+    seen: list[tuple[int, int]] = []
+
+    def code(layer: int, keys: Tensor) -> Tensor:
+        seen.append((layer, keys.shape[2]))
+        return keys
+
+    expected = model(**given, use_cache=False).logits
+    with two_sided(model, TwoSidedPlan(8, 2, code_keys=code)) as inputs:
+        got = model(**given, **inputs()).logits
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
+    assert seen == [(0, 60), (1, 60)]
 
 
 def test_the_old_attention_comes_back_after_an_error_and_plans_nest() -> None:

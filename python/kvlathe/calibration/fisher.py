@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import CalibrationError, ModelError, NonFiniteError, ShapeError
-from ..given_model import evaluation_mode, input_device
+from ..given_model import decoder_inputs, evaluation_mode, input_device
 from .layer_probe import HeldLayer, held_layers
 from .quality.two_sided import TwoSidedPlan, two_sided
 
@@ -61,7 +61,7 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
     def want_gradient(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         return output.detach().requires_grad_(True)
 
-    embeddings = model.get_input_embeddings()
+    embeddings = (model.get_decoder() if model.config.is_encoder_decoder else model).get_input_embeddings()
     hook = embeddings.register_forward_hook(want_gradient)
     try:
         with evaluation_mode(model):
@@ -155,7 +155,7 @@ def fisher_pass(
         raise CalibrationError(f"n_samples must be at least 1, got {n_samples}")
     sampled = 0.0
     with torch.enable_grad(), _frozen(model), two_sided(model, plan) as inputs:
-        logits = model(input_ids=input_ids.to(input_device(model)), **inputs()).logits
+        logits = model(**decoder_inputs(model, input_ids), **inputs()).logits
         if not torch.isfinite(logits.detach()).all():
             raise NonFiniteError("the model's logits are not finite on the calibration text")
         if not logits.requires_grad:
@@ -183,7 +183,7 @@ def gradient_free_pass(
     plan = TwoSidedPlan(on_forward=on_layer)
     with torch.no_grad(), evaluation_mode(model), two_sided(model, plan) as inputs:
         # The base model: the logits, the largest tensor of a pass, are not needed.
-        model.base_model(input_ids=input_ids.to(input_device(model)), **inputs())
+        model.base_model(**decoder_inputs(model, input_ids), **inputs())
 
 
 @torch.no_grad()

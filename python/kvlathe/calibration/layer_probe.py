@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..cache.layer_kinds import layer_kinds, stock_layers
 from ..errors import ModelError
-from ..given_model import cache_argument, evaluation_mode, input_device, plain_tokens
+from ..given_model import cache_argument, decoder_inputs, evaluation_mode, plain_tokens, reads_text
 from .observing_cache import ObservingCache
 
 _PROBED_TOKENS = 4
@@ -66,9 +66,9 @@ def held_layers(model: PreTrainedModel) -> dict[int, HeldLayer]:
             found[layer] = HeldLayer(running[-1], keys.shape[1], keys.shape[3], values.shape[3])
 
         cache = ObservingCache(model.config, note)
-        ids = plain_tokens(model, _PROBED_TOKENS)[None].to(input_device(model))
+        given = decoder_inputs(model, plain_tokens(model, _PROBED_TOKENS)[None])
         try:
-            model(input_ids=ids, use_cache=True, **cache_argument(model, cache))
+            model(**given, use_cache=True, **cache_argument(model, cache))
         except ModelError:
             raise
         except _REFUSALS as error:
@@ -113,12 +113,15 @@ def coded_layers(model: PreTrainedModel) -> list[HeldLayer | None]:
     coded, None where it is to stay as it is.
 
     Raises:
-        ModelError: an encoder-decoder model, one with multi-head latent attention, or one without keys and values that
-            can be coded.
+        ModelError: a model with multi-head latent attention, one whose encoder reads no text, or one without keys and
+            values that can be coded.
     """
     name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ModelError(f"{name} is an encoder-decoder model; only decoder-only models are supported")
+    if not reads_text(model):
+        raise ModelError(
+            f"{name} needs {model.main_input_name!r} for its encoder, and calibration gives a model nothing but text; "
+            f"calibrate a model whose encoder reads text"
+        )
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "kv_lora_rank", None):
         raise ModelError(
@@ -144,12 +147,12 @@ def coded_layers(model: PreTrainedModel) -> list[HeldLayer | None]:
             f"{name} {why}, so there is nothing to code: an encoder, or a model whose layers keep states of other kinds"
         )
     if all(getattr(layer.module, "is_causal", True) is False for layer in layers if layer is not None):
-        raise ModelError(f"{name} is not causal (an encoder); only decoder-only models are supported")
+        raise ModelError(f"{name} is not causal (an encoder), so it has no cache that grows")
     return layers
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Accept decoder-only models with layers whose keys and values can be coded.
+    """Accept models with layers whose keys and values can be coded.
 
     Raises:
         ModelError: for anything else, with the reason; see `coded_layers`.

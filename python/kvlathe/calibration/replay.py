@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..given_model import input_device
+from ..given_model import decoder_inputs
 from .layer_probe import attention_modules
 
 
@@ -30,14 +30,14 @@ class Replay:
         self._layers = _decoder_layers(model)
         self._outputs: list[Any] = []
         hooks = [layer.register_forward_hook(self._keep) for layer in self._layers]
-        inputs = ids[None].to(input_device(model))
+        inputs = decoder_inputs(model, ids[None])
         try:
-            logits = model(input_ids=inputs, use_cache=False).logits
+            logits = model(**inputs, use_cache=False).logits
         finally:
             for hook in hooks:
                 hook.remove()
         with self.before(len(self._layers) // 2):
-            again = model(input_ids=inputs, use_cache=False).logits
+            again = model(**inputs, use_cache=False).logits
         if not torch.equal(logits, again):
             self._layers = []
 

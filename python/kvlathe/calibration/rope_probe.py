@@ -16,14 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
-from ..given_model import cache_argument, evaluation_mode, input_device, plain_tokens
+from ..given_model import cache_argument, decoder_inputs, evaluation_mode, input_device, plain_tokens
 from .layer_probe import HeldLayer, coded_layers
 from .observing_cache import ObservingCache
 from .rope_axes import has_several_axes
@@ -236,7 +236,7 @@ def probe_rope(
     layers = coded_layers(model)
     modules = {index: layer.module for index, layer in enumerate(layers) if layer is not None}
     device = input_device(model)
-    ids = plain_tokens(model, n_tokens, seed)[None].to(device)
+    given = decoder_inputs(model, plain_tokens(model, n_tokens, seed)[None])
     notes: list[str] = []
     tables: dict[int, list[Any]] = {}
     runs: list[dict[int, Tensor]] = []
@@ -248,8 +248,9 @@ def probe_rope(
             positions = torch.arange(start, start + n_tokens, device=device)[None]
             try:
                 extra = {"position_ids": positions} if start else {}
-                given = cache_argument(model.base_model, cache)
-                model.base_model(input_ids=ids, use_cache=True, **given, **extra)
+                decoder = cast(PreTrainedModel, model.base_model)
+                cached = cache_argument(decoder, cache)
+                decoder(**given, use_cache=True, **cached, **extra)
             except (TypeError, ValueError, IndexError) as error:
                 if not start:
                     raise ModelError(

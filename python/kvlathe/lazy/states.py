@@ -81,6 +81,17 @@ def _readers() -> frozenset[Callable[..., Any]]:
 
 
 _READERS = _readers()
+# They give back the tensor itself where it is what they ask for already. Some models place what layers share.
+_CASTS = frozenset(
+    getattr(Tensor, name) for name in "to type type_as float half bfloat16 double cpu cuda".split()
+)
+
+
+def _changes(cast: Callable[..., Any], states: LazyStates, given: Any, named: dict[str, Any]) -> bool:
+    """Whether torch would make another tensor, asked with one that holds no numbers."""
+    stand_in = torch.empty((0,) * len(states.shape), dtype=states.dtype, device=states.device)
+    with torch._C.DisableTorchFunctionSubclass():
+        return cast(stand_in, *given, **named) is not stand_in
 
 
 class LazyStates(Tensor):
@@ -173,6 +184,8 @@ class LazyStates(Tensor):
             view = states._view(func, args[1:], kwargs)
             if view is not None:
                 return view
+        if func in _CASTS and isinstance(states, LazyStates) and not _changes(func, states, args[1:], kwargs):
+            return states
         return func(*_expanded(args, func), **_expanded(kwargs, func))
 
     @classmethod

@@ -50,13 +50,22 @@ def generate(family: Family, ids: Tensor, cache: Cache, **kwargs: Any) -> Any:
     settings: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False, **kwargs}
     settings.setdefault("max_new_tokens", NEW_TOKENS)
     settings["min_new_tokens"] = settings["max_new_tokens"]
+    if family.is_encoder_decoder:
+        # What is held compressed is what the decoder reads.
+        settings |= {"attention_mask": None, "decoder_input_ids": ids}
+        ids = _encoded(ids)
     return family.model.generate(ids, past_key_values=cache, **settings)
+
+
+def _encoded(ids: Tensor) -> Tensor:
+    """What an encoder reads while its decoder reads these tokens."""
+    return tokens(20, seed=8, batch=ids.shape[0])
 
 
 def feed(family: Family, cache: Cache, ids: Tensor, **kwargs: Any) -> Tensor:
     """Logits of one forward pass of the decoder."""
     if family.is_encoder_decoder:
-        kwargs = {"input_ids": tokens(20, seed=8, batch=ids.shape[0]), "decoder_input_ids": ids, **kwargs}
+        kwargs = {"input_ids": _encoded(ids), "decoder_input_ids": ids, **kwargs}
     else:
         kwargs["input_ids"] = ids
     with torch.no_grad():

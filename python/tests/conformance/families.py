@@ -12,7 +12,6 @@ from typing import Any
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from cache_helpers import compressed_cache, identity_cache, model_of
-from kvlathe import CompressedDynamicCache
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,9 @@ class Family:
         """Ours with identity compressors."""
         return self._for_the_model(identity_cache(self.model))
 
-    def coded_cache(self, bits: float = 6.0, tail: int = 8) -> CompressedDynamicCache:
+    def coded_cache(self, bits: float = 6.0, tail: int = 8) -> Cache:
         """Ours with a calibrated preset."""
-        return compressed_cache(self.name, bits, tail, **self.overrides)
+        return self._for_the_model(compressed_cache(self.name, bits, tail, **self.overrides))
 
 
 _NO_ROLLBACK = frozenset({"assisted_greedy", "assisted_sample", "prompt_lookup", "cache_crop"})
@@ -149,9 +148,9 @@ FAMILIES: tuple[Family, ...] = (
         "t5",
         "T5",
         "encoder-decoder, position bias",
-        calibrates=False,
+        is_served=False,
         not_applicable=_DECODERS_ONLY,
     ),
-    Family("bart", "BART", "encoder-decoder", calibrates=False, not_applicable=_DECODERS_ONLY),
+    Family("bart", "BART", "encoder-decoder", not_applicable=_DECODERS_ONLY),
 )
 BY_NAME = {family.name: family for family in FAMILIES}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...given_model import check_predicts_tokens, evaluation_mode, input_device, transformers_model
+from ...given_model import check_predicts_tokens, decoder_inputs, evaluation_mode, transformers_model
 from ...progress import progress
 from .two_sided import TwoSidedPlan, two_sided
 from .two_sided_kernel import Coder
@@ -102,9 +102,8 @@ class Evaluator:
     def _exact_logits(self, at: int) -> Tensor:
         if at < len(self._exact):
             return self._exact[at]
-        logits = self._model(
-            input_ids=self._windows[at][None].to(input_device(self._model)), use_cache=False
-        ).logits[0]
+        given = decoder_inputs(self._model, self._windows[at][None])
+        logits = self._model(**given, use_cache=False).logits[0]
         if self._keeps:
             # Differences of logits decide, so the largest goes to zero before rounding.
             kept = (logits - logits.max(dim=-1, keepdim=True).values).to(torch.float16)
@@ -131,8 +130,8 @@ class Evaluator:
             for at in progress(range(len(self._windows)), what, "window"):
                 exact = self._exact_logits(at)
                 with two_sided(self._model, plan) as inputs:
-                    ids = self._windows[at][None].to(input_device(self._model))
-                    coded = self._model(input_ids=ids, **inputs()).logits[0]
+                    given = decoder_inputs(self._model, self._windows[at][None])
+                    coded = self._model(**given, **inputs()).logits[0]
                 window = _compare(exact, coded, self._windows[at].to(coded.device))
                 klds.append(window.kld)
                 nll += window.nll
