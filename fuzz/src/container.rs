@@ -3,6 +3,7 @@
 use kvlathe::cache::Bytes;
 use kvlathe::codec::Side;
 use kvlathe::prefix::container::{Container, Header, Place};
+use kvlathe::prefix::{Chunk, Dependencies, Scope};
 
 /// Bytes of an entry of the table.
 const ENTRY: usize = 24;
@@ -17,11 +18,12 @@ fn look(file: Vec<u8>) {
     let n_bytes = file.len();
     let Ok(found) = Container::from_bytes(Bytes::from(file)) else { return };
     let header = found.header();
+    look_for_a_chunk(&found);
     let again = Header::from_json(&header.to_json().expect("a header")).expect("a valid header");
     assert_eq!(&again, header);
     assert_eq!(
         found.token_ids().map(|ids| ids.len()),
-        header.has_token_ids.then(|| header.batch * header.n_tokens)
+        header.has_token_ids.then(|| header.batch * (header.n_tokens - header.first_token_id))
     );
     for (layer, shape) in header.layers.iter().enumerate() {
         let Some(shape) = shape else { continue };
@@ -38,6 +40,23 @@ fn look(file: Vec<u8>) {
                 assert!(blocks.iter().all(|block| block.bytes.len() == of_side.block_bytes));
             }
         }
+    }
+}
+
+/// Whatever is found is a chunk of its own tokens, if it says that it is, and of no others.
+fn look_for_a_chunk(found: &Container) {
+    let header = found.header();
+    let Some(ids) = found.token_ids().filter(|ids| !ids.is_empty() && ids.len() < 1 << 12) else { return };
+    let chunk_len = header.n_tokens - header.first_token_id;
+    let scope = Scope::new(
+        &Dependencies { preset: header.preset, weights: &header.weights, extra: b"", chunk_len },
+        b"",
+    );
+    for chunk in Chunk::all(&scope, &ids) {
+        let is_it = header.batch == 1
+            && header.first_token_id == chunk.start()
+            && header.chunk_key == chunk.key.to_string();
+        assert_eq!(chunk.mismatch(found).is_none(), is_it);
     }
 }
 

@@ -36,6 +36,8 @@ from .errors import (
     NonFiniteError,
     PaddingWarning,
     PicklingError,
+    PrefixStoreError,
+    PrefixStoreWarning,
     PresetError,
     ResourceError,
     RollbackError,
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from .calibration.verification import Verdict, verify
     from .compressors import IdentityCompressor, QuantizedCalibratedCompressor, StreamSetCompressor
     from .model_loading import load_model
+    from .prefixes import PrefixStore
     from .stores import Block, LayerParts, SideParts
 
 __version__ = _version()
@@ -71,6 +74,7 @@ _LAZY = {
     "Evaluator": "calibration.quality",
     "IdentityCompressor": "compressors",
     "LayerParts": "stores",
+    "PrefixStore": "prefixes",
     "Quality": "calibration.quality",
     "QuantizedCalibratedCompressor": "compressors",
     "SideParts": "stores",
@@ -114,6 +118,9 @@ __all__ = [
     "NonFiniteError",
     "PaddingWarning",
     "PicklingError",
+    "PrefixStore",
+    "PrefixStoreError",
+    "PrefixStoreWarning",
     "Preset",
     "PresetError",
     "Quality",

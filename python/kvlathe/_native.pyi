@@ -3,14 +3,18 @@ from typing import Literal, final
 
 from torch import Tensor
 
+from .errors import KvlatheError
+
 __all__ = [
     "Container",
     "LowRankCodec",
     "MappedBytes",
     "Moments",
     "NativeLayer",
+    "NativePrefixStore",
     "PackedBlock",
     "PackedRow",
+    "PrefixScope",
     "Preset",
     "StreamSetCodec",
     "adopt_openmp",
@@ -84,6 +88,9 @@ class PackedBlock:
 class PackedRow:
     def __new__(cls, blocks: list[PackedBlock]) -> PackedRow: ...
     def __len__(self) -> int: ...
+    @staticmethod
+    def joined(rows: list[PackedRow]) -> PackedRow: ...
+    def part(self, start: int, stop: int) -> PackedRow: ...
     def block(self, index: int) -> PackedBlock: ...
 
 @final
@@ -108,6 +115,42 @@ def write_container(
     token_ids: list[int] | None,
     layers: list[tuple[_SideGiven, _SideGiven]],
 ) -> None: ...
+
+@final
+class PrefixScope:
+    def __new__(
+        cls, digest: str, weights: str, extra: bytes, chunk_len: int, secret: bytes
+    ) -> PrefixScope: ...
+    @property
+    def name(self) -> str: ...
+    def keys(self, token_ids: list[int]) -> list[str]: ...
+
+# A chunk's number, and whether its layers with windows are meant.
+_ChunkPart = tuple[int, bool]
+
+@final
+class NativePrefixStore:
+    def __new__(
+        cls, url: str, timeout_s: float, max_bytes: int | None, max_age_s: float | None
+    ) -> NativePrefixStore: ...
+    @property
+    def url(self) -> str: ...
+    def find(
+        self, scope: PrefixScope, token_ids: list[int], full: bool, window: int | None
+    ) -> tuple[int, list[Container], list[Container], KvlatheError | None]: ...
+    def missing(self, scope: PrefixScope, token_ids: list[int], parts: list[_ChunkPart]) -> list[bool]: ...
+    def put(
+        self,
+        scope: PrefixScope,
+        token_ids: list[int],
+        parts: list[tuple[_ChunkPart, str, list[tuple[_SideGiven, _SideGiven]]]],
+    ) -> int: ...
+    def touch(self, scope: PrefixScope, token_ids: list[int], parts: list[_ChunkPart]) -> None: ...
+    def list(self) -> list[tuple[str, str, int, bool, int, float]]: ...
+    def hits(self, scope: str) -> int | None: ...
+    def read(self, scope: str, key: str, end: int, is_window: bool) -> Container | None: ...
+    def delete(self, scope: str, key: str, end: int, is_window: bool) -> None: ...
+    def evict(self) -> tuple[int, int]: ...
 
 @final
 class NativeLayer:

@@ -35,6 +35,10 @@ class ContainerError(KvlatheError, ValueError):
     """The file of a saved cache cannot be written, or is missing, damaged, cut short, newer or something else."""
 
 
+class PrefixStoreError(KvlatheError, OSError):
+    """A store of prefixes cannot be opened, read or written, or what lies in it is damaged."""
+
+
 class RollbackError(KvlatheError, RuntimeError):
     """Tokens cannot be removed from a cache, because what comes before them is no longer held."""
 
@@ -77,6 +81,10 @@ class EvaluationError(KvlatheError, RuntimeError):
 
 class ExpandedWarning(UserWarning):
     """Attention was not served from packed tokens: a cache had to expand them."""
+
+
+class PrefixStoreWarning(UserWarning):
+    """A store of prefixes failed or was slow; generation went on without it."""
 
 
 class AttachWarning(UserWarning):

@@ -103,6 +103,18 @@ impl PackedRow {
         self.0.len()
     }
 
+    /// Those of several rows, one after the other.
+    #[staticmethod]
+    fn joined(rows: Vec<Bound<'_, Self>>) -> Self {
+        Self(rows.iter().flat_map(|row| row.get().0.iter().cloned()).collect())
+    }
+
+    /// Some of them, as far as they are there.
+    fn part(&self, start: usize, stop: usize) -> Self {
+        let stop = stop.min(self.0.len());
+        Self(self.0.get(start..stop).unwrap_or_default().to_vec())
+    }
+
     /// One of them.
     fn block(&self, index: usize) -> PyResult<PackedBlock> {
         let block = self.0.get(index).cloned().map(PackedBlock);

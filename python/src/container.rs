@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use kvlathe::cache::Bytes;
-use kvlathe::prefix::container::{Container as Opened, Contents, Header, Place, SideContents, write};
+use kvlathe::prefix::container::{
+    Container as Opened, ContainerError, Contents, Header, Place, SideContents, write,
+};
 use pyo3::prelude::*;
 
 use crate::block::PackedRow;
@@ -30,7 +32,7 @@ impl MappedBytes {
 
 /// A saved cache's file, mapped and checked as a whole.
 #[pyclass(frozen, module = "kvlathe._native")]
-pub(crate) struct Container(Opened);
+pub(crate) struct Container(pub(crate) Opened);
 
 #[pymethods]
 impl Container {
@@ -85,15 +87,17 @@ fn contents<'a>((_, rows, _): &SideGiven<'_>, [sinks, tail]: &'a Exact<'_>) -> P
     Ok(SideContents { sinks: sinks?, blocks, tail: tail? })
 }
 
-/// Writes a file that `Container.open` reads. Layers that the header has a shape for come in order, keys before values.
-#[pyfunction]
-pub(crate) fn write_container(
+/// Layers that the header has a shape for, in order, keys before values.
+pub(crate) type LayersGiven<'py> = Vec<(SideGiven<'py>, SideGiven<'py>)>;
+
+/// Lays contents out as in a file and hands them to `go`, which is run while Python goes on.
+pub(crate) fn with_contents<T: Send>(
     py: Python<'_>,
-    path: PathBuf,
     header_json: &str,
-    token_ids: Option<Vec<u32>>,
-    layers: Vec<(SideGiven<'_>, SideGiven<'_>)>,
-) -> PyResult<()> {
+    token_ids: Option<&[u32]>,
+    layers: &LayersGiven<'_>,
+    go: impl FnOnce(&Contents<'_>) -> Result<T, ContainerError> + Send,
+) -> PyResult<T> {
     let header = Header::from_json(header_json.as_bytes()).map_err(to_python)?;
     let exact: Vec<[Exact<'_>; 2]> =
         layers.iter().map(|(key, value)| Ok([exact(key)?, exact(value)?])).collect::<PyResult<_>>()?;
@@ -102,6 +106,18 @@ pub(crate) fn write_container(
         .zip(&exact)
         .map(|((key, value), [of_key, of_value])| Ok([contents(key, of_key)?, contents(value, of_value)?]));
     let layers = of_layer.collect::<PyResult<Vec<_>>>()?;
-    let contents = Contents { header, token_ids: token_ids.as_deref(), layers };
-    py.detach(|| write(path, &contents)).map_err(to_python)
+    let contents = Contents { header, token_ids, layers };
+    py.detach(|| go(&contents)).map_err(to_python)
+}
+
+/// Writes a file that `Container.open` reads.
+#[pyfunction]
+pub(crate) fn write_container(
+    py: Python<'_>,
+    path: PathBuf,
+    header_json: &str,
+    token_ids: Option<Vec<u32>>,
+    layers: LayersGiven<'_>,
+) -> PyResult<()> {
+    with_contents(py, header_json, token_ids.as_deref(), &layers, |contents| write(path, contents))
 }

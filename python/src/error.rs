@@ -4,6 +4,7 @@ use kvlathe::Error;
 use kvlathe::cache::CacheError;
 use kvlathe::calib::CalibError;
 use kvlathe::codec::CodecError;
+use kvlathe::prefix::StoreError;
 use kvlathe::prefix::container::ContainerError;
 use pyo3::prelude::*;
 use pyo3::types::PyType;
@@ -26,6 +27,8 @@ pub(crate) fn to_python(error: impl Into<Error>) -> PyErr {
         Error::Preset(_) | Error::SeedPreset { .. } => "PresetError",
         Error::Container(ContainerError::OutOfMemory { .. }) => "ResourceError",
         Error::Container(_) => "ContainerError",
+        Error::Store(StoreError::Contents(ContainerError::OutOfMemory { .. })) => "ResourceError",
+        Error::Store(_) => "PrefixStoreError",
         Error::Rate { .. } => "BudgetError",
         Error::FactorCount { .. } | Error::Factor { .. } => "CalibrationError",
         Error::Codec(inner)

@@ -8,6 +8,7 @@ mod error;
 mod layer;
 mod moments;
 mod openmp;
+mod prefix;
 mod preset;
 mod tensor;
 
@@ -36,6 +37,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<container::Container>()?;
     module.add_class::<container::MappedBytes>()?;
     module.add_class::<moments::Moments>()?;
+    module.add_class::<prefix::PrefixScope>()?;
+    module.add_class::<prefix::NativePrefixStore>()?;
     module.add_class::<preset::Preset>()?;
     module.add_function(wrap_pyfunction!(container::write_container, module)?)?;
     module.add_function(wrap_pyfunction!(preset::cache_fingerprint, module)?)?;

@@ -16,7 +16,8 @@ def python_blocks(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "page", ["docs/api.md", "docs/block_format.md", "docs/container_format.md", "README.md"]
+    "page",
+    ["docs/api.md", "docs/block_format.md", "docs/container_format.md", "docs/prefixes.md", "README.md"],
 )
 def test_python_blocks_of(page: str) -> None:
     blocks = python_blocks(page)

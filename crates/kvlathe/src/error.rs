@@ -21,6 +21,9 @@ pub enum Error {
     /// A file of a saved cache.
     #[error(transparent)]
     Container(#[from] kvlathe_prefix::container::ContainerError),
+    /// A store of prefixes.
+    #[error(transparent)]
+    Store(#[from] kvlathe_prefix::StoreError),
     /// A preset of the seed's kind where one with streams is needed.
     #[error(
         "the preset of {model} has no calibrated streams (a seed-style file), so {operation} cannot be done; calibrate one with `kvlathe tune`"

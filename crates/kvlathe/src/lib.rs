@@ -61,7 +61,7 @@
 //! | [`preset`] | files of that, their digest, the fingerprint of a model | [`Preset`] |
 //! | [`codec`] | one block: bytes, kernels, and the reference that defines both | [`StreamSet`](codec::StreamSet) |
 //! | [`cache`] | one layer's tokens: exact ones, blocks, attention over both | [`LayerCache`] |
-//! | [`prefix`] | files of caches, mapped and checked | [`Container`](prefix::Container) |
+//! | [`prefix`] | files of caches, mapped and checked; stores of prefixes | [`Container`](prefix::container::Container), [`PrefixStore`](prefix::PrefixStore) |
 //!
 //! This crate joins them:
 //!

@@ -27,10 +27,10 @@ from .layer import CompressedLayer
 from .mixed_layer import CompressedMixedLayer
 from .padding import Padding
 
-_SIDES: tuple[Side, Side] = ("key", "value")
+SIDES: tuple[Side, Side] = ("key", "value")
 
 # What the file says, with whatever keys a later writer may add.
-_Header = dict[str, Any]
+Header = dict[str, Any]
 
 
 def write_cache(
@@ -44,7 +44,7 @@ def write_cache(
     Args:
         weights: what `model_identity` says, or "".
     """
-    _check_kinds(layers)
+    check_portable(layers)
     held = {layer.held for layer in layers if layer.get_seq_length()}
     if len(held) != 1:
         unlike = (
@@ -54,32 +54,44 @@ def write_cache(
         )
         raise CacheStateError(f"the layers of this cache {unlike}")
     n_tokens, batch = held.pop()
-    preset = _preset_of(layers)
-    ids = None if token_ids is None else _ids(token_ids, batch, n_tokens)
+    preset = preset_of(layers)
+    ids = None if token_ids is None else ids_of(token_ids, batch, n_tokens)
     filled = [layer for layer in layers if layer.get_seq_length()]
     parts = [layer.export_parts() for layer in filled]
-    shapes = iter([_shape(*each) for each in zip(filled, parts, strict=True)])
+    shapes = iter([layer_shape(*each) for each in zip(filled, parts, strict=True)])
     policy = layers[0].policy
     header = {
-        "library_version": version(),
-        "model": preset.meta["model"],
-        "preset": preset.digest,
-        "fingerprint": preset.meta["kvlathe"]["cache_fingerprint"],
-        "weights": weights,
+        **origin(preset, weights),
         "n_tokens": n_tokens,
         "batch": batch,
-        "block_len": preset.block_len,
         "has_token_ids": ids is not None,
         "compress_start_len": policy.compress_start_len,
         "uncompressed_tail": policy.n_tail,
         "record_past": filled[0].record_past,
         "layers": [next(shapes) if layer.get_seq_length() else None for layer in layers],
     }
-    contents = [(_contents(each.key), _contents(each.value)) for each in parts]
+    contents = [(side_contents(each.key), side_contents(each.value)) for each in parts]
     write_container(os.fspath(path), json.dumps(header), ids, contents)
 
 
-def _check_kinds(layers: Sequence[Any]) -> None:
+def origin(preset: Preset, weights: str) -> Header:
+    """What a file says of whose keys and values it holds."""
+    return {
+        "library_version": version(),
+        "model": preset.meta["model"],
+        "preset": preset.digest,
+        "fingerprint": preset.meta["kvlathe"]["cache_fingerprint"],
+        "weights": weights,
+        "block_len": preset.block_len,
+    }
+
+
+def check_portable(layers: Sequence[Any]) -> None:
+    """Refuse layers that hold anything else than keys and values of ours.
+
+    Raises:
+        ModelError: there are some.
+    """
     for index, layer in enumerate(layers):
         if not isinstance(layer, CompressedLayer):
             what = f"is transformers' own ({type(layer).__name__})"
@@ -93,7 +105,7 @@ def _check_kinds(layers: Sequence[Any]) -> None:
         )
 
 
-def _preset_of(layers: Sequence[CompressedLayer]) -> Preset:
+def preset_of(layers: Sequence[CompressedLayer]) -> Preset:
     """The one preset whose codecs all layers have.
 
     Raises:
@@ -103,7 +115,7 @@ def _preset_of(layers: Sequence[CompressedLayer]) -> Preset:
     preset = getattr(first, "preset", None) if isinstance(first, StreamSetCompressor) else None
     digest = preset.digest if isinstance(preset, Preset) else None
     for index, layer in enumerate(layers):
-        for side in _SIDES:
+        for side in SIDES:
             compressor = layer.compressor(side)
             name = compressor.native.id if isinstance(compressor, StreamSetCompressor) else None
             sinks = preset.n_sinks if preset is not None else None
@@ -117,7 +129,7 @@ def _preset_of(layers: Sequence[CompressedLayer]) -> Preset:
     return preset
 
 
-def _ids(token_ids: Tensor | Sequence[Any], batch: int, n_tokens: int) -> list[int]:
+def ids_of(token_ids: Tensor | Sequence[Any], batch: int, n_tokens: int) -> list[int]:
     """The ids of the tokens that are held, row by row.
 
     Raises:
@@ -137,10 +149,10 @@ def _ids(token_ids: Tensor | Sequence[Any], batch: int, n_tokens: int) -> list[i
     return flat
 
 
-def _shape(layer: CompressedLayer, parts: LayerParts) -> _Header:
+def layer_shape(layer: CompressedLayer, parts: LayerParts) -> Header:
     """What the header says of a layer."""
     padding = layer.padding
-    shape: _Header = {
+    shape: Header = {
         "n_heads": parts.key.tail.shape[1],
         "dtype": _name(layer.form.dtype),
         "model_dtypes": [_name(dtype) for dtype in layer.form.dtypes],
@@ -148,10 +160,10 @@ def _shape(layer: CompressedLayer, parts: LayerParts) -> _Header:
         "window": layer.policy.window,
         "padding": None if padding is None else list(padding.lengths),
     }
-    for side in _SIDES:
+    for side in SIDES:
         of_side: SideParts = getattr(parts, side)
         compressor = layer.compressor(side)
-        assert isinstance(compressor, StreamSetCompressor)  # as `_preset_of` has found
+        assert isinstance(compressor, StreamSetCompressor)  # as `preset_of` has found
         shape[side] = {
             "head_dim": of_side.tail.shape[3],
             "first": of_side.first,
@@ -167,7 +179,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _contents(parts: SideParts) -> tuple[Tensor, list[PackedRow], Tensor]:
+def side_contents(parts: SideParts) -> tuple[Tensor, list[PackedRow], Tensor]:
+    """What native code writes of a side: the bytes of its sinks, its rows' blocks, the bytes of its tail."""
     sinks, tail = (
         each.detach().cpu().contiguous().view(-1).view(torch.uint8) for each in (parts.sinks, parts.tail)
     )
@@ -179,7 +192,7 @@ class SavedCache:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.native = Container.open(os.fspath(path))
-        self.header: _Header = json.loads(self.native.header_json())
+        self.header: Header = json.loads(self.native.header_json())
 
     def preset(self, given: Preset | None) -> Preset:
         """The preset whose codecs read the blocks: the one given, or one that this process holds.
@@ -240,28 +253,35 @@ class SavedCache:
                 raise ContainerError(
                     f"layer {index} of the file has {shape['n_sinks']} sinks, its preset {policy.n_sinks}"
                 )
-            layer.import_parts(LayerParts(*(self._side(index, shape, side, device) for side in _SIDES)))
+            parts = (side_parts(self.native, self.header, index, side, device) for side in SIDES)
+            layer.import_parts(LayerParts(*parts))
+            restore_form(layer, shape)
             self._restore(layer, shape)
 
-    def _restore(self, layer: CompressedLayer, shape: _Header) -> None:
+    def _restore(self, layer: CompressedLayer, shape: Header) -> None:
         """What a layer knows beside its tokens."""
-        dtypes = tuple(getattr(torch, name) for name in shape["model_dtypes"])
-        layer.form = replace(layer.form, dtypes=(dtypes[0], dtypes[1]))
         layer.record_past = bool(self.header["record_past"])
         if shape["padding"] is not None and layer.policy.n_sinks and not layer.is_sliding:
             layer.padding = Padding(shape["padding"], layer.policy.n_sinks)
 
-    def _side(self, index: int, shape: _Header, side: Side, device: torch.device) -> SideParts:
-        of_side, batch = shape[side], self.header["batch"]
-        dtype = getattr(torch, shape["dtype"])
 
-        def exact(memory: MappedBytes, n_tokens: int) -> Tensor:
-            sizes = (batch, shape["n_heads"], n_tokens, of_side["head_dim"])
-            # A copy: nobody may write to the file's memory, and a tensor of torch's invites to.
-            return memory_of(memory).view(dtype).view(sizes).clone().to(device)
+def restore_form(layer: CompressedLayer, shape: Header) -> None:
+    """The dtypes in which the model hands over what the layer holds, which differ under autocast."""
+    dtypes = tuple(getattr(torch, name) for name in shape["model_dtypes"])
+    layer.form = replace(layer.form, dtypes=(dtypes[0], dtypes[1]))
 
-        sinks, tail = self.native.exact(index, side)
-        rows = [BlockRow(self.native.blocks(index, side, row)) for row in range(batch)]
-        return SideParts(
-            of_side["first"], exact(sinks, of_side["n_sinks"]), rows, exact(tail, of_side["n_tail"])
-        )
+
+def side_parts(native: Container, header: Header, layer: int, side: Side, device: torch.device) -> SideParts:
+    """One side of one layer as a file holds it. Exact tokens are copied, as a tensor of torch's invites to write to
+    it; blocks stay where they are.
+    """
+    shape, batch = header["layers"][layer], header["batch"]
+    of_side, dtype = shape[side], getattr(torch, shape["dtype"])
+
+    def exact(memory: MappedBytes, n_tokens: int) -> Tensor:
+        sizes = (batch, shape["n_heads"], n_tokens, of_side["head_dim"])
+        return memory_of(memory).view(dtype).view(sizes).clone().to(device)
+
+    sinks, tail = native.exact(layer, side)
+    rows = [BlockRow(native.blocks(layer, side, row)) for row in range(batch)]
+    return SideParts(of_side["first"], exact(sinks, of_side["n_sinks"]), rows, exact(tail, of_side["n_tail"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -59,11 +60,27 @@ class PortableCache(RecurrentStates):
             ModelError: layers that are transformers' own, or weights that are not there.
             CacheStateError: an empty cache, layers that are unlike, or another thread at work on them.
         """
-        if model is None and self._model is not None:
-            model = self._model()
+        model = model if model is not None else self.model
         weights = self._weights if model is None else model_identity(model)
         with self._passes.unchanged("save()"):
             write_cache(self.layers, path, token_ids, weights)
+
+    def held_still(self, call: str) -> AbstractContextManager[None]:
+        """For ``call``, which reads all layers as they are at one moment.
+
+        Raises:
+            CacheStateError: another thread is at work on them.
+        """
+        return self._passes.unchanged(call)
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model that it was made for, while somebody holds it."""
+        return None if self._model is None else self._model()
+
+    def note_weights(self, weights: str) -> None:
+        """Say with whose weights the tokens were computed, for a file; see `model_identity`."""
+        self._weights = weights
 
     def __getstate__(self) -> dict[str, Any]:
         with self._passes.unchanged("pickling"):

@@ -1,4 +1,4 @@
-"""The command line: ``kvlathe tune``, ``verify``, ``show``, ``eval``, ``needle``. Without torch until it is needed."""
+"""The command line, ``kvlathe COMMAND``, a module each. Without torch until it is needed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..errors import KvlatheError
 from .evaluate import add_eval_arguments, run_eval
 from .needle import add_needle_arguments, run_needle
 from .options import printable, say
+from .prefix import add_prefix_arguments, run_prefix
 from .show import add_show_arguments, run_show
 from .tune import CURVE_HEADER, add_tune_arguments, format_point, run_tune
 from .verify import add_verify_arguments, run_verify
@@ -37,7 +38,10 @@ def build_parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=run_verify)
     show = commands.add_parser("show", help="say what a preset holds and what was measured of it")
     add_show_arguments(show)
-    show.set_defaults(run=run_show)
+    show.set_defaults(run=run_show, needs_transformers=False)
+    prefix = commands.add_parser("prefix", help="look at a store of prefixes, check it, make it smaller")
+    add_prefix_arguments(prefix)
+    prefix.set_defaults(run=run_prefix, needs_transformers=False)
     evaluate = commands.add_parser(
         "eval", help="measure caches against the exact one, and against other methods"
     )
@@ -54,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Run a parsed command; errors become one sentence on stderr and exit status 1."""
     try:
-        if arguments.run is not run_show:
+        if getattr(arguments, "needs_transformers", True):
             check_transformers()
         return int(arguments.run(arguments))
     except (KvlatheError, ImportError) as error:

@@ -62,6 +62,12 @@ pub struct Header {
     pub block_len: usize,
     /// Whether the tokens' ids are in the file.
     pub has_token_ids: bool,
+    /// Position of the first of these ids; 0 but in chunks of a prefix.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub first_token_id: usize,
+    /// Of a chunk of a prefix: its [key](crate::ChunkKey) as text; else `""`.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub chunk_key: String,
     /// Nothing is coded until a sequence is longer than this.
     pub compress_start_len: usize,
     /// So many last tokens stay exact.
@@ -170,6 +176,7 @@ impl Header {
         require(is_len, || format!("blocks of {} tokens, expected one of {BLOCK_LENS:?}", self.block_len))?;
         within("rows", self.batch, 1..=MAX_BATCH)?;
         within("tokens", self.n_tokens, 1..=MAX_TOKENS)?;
+        within("position of the first token id", self.first_token_id, 0..=self.n_tokens)?;
         within("layers", self.layers.len(), 1..=MAX_LAYERS)?;
         within("compress_start_len", self.compress_start_len, 0..=MAX_TOKENS)?;
         within("uncompressed_tail", self.uncompressed_tail, 0..=MAX_TOKENS)?;
@@ -232,8 +239,13 @@ impl Header {
     }
 
     pub(super) fn token_id_bytes(&self) -> usize {
-        4 * self.batch * self.n_tokens
+        4 * self.batch * (self.n_tokens - self.first_token_id)
     }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_zero(n: &usize) -> bool {
+    *n == 0
 }
 
 fn impossible(what: String) -> ContainerError {

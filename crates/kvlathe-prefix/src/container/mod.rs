@@ -8,7 +8,7 @@
 //! A [`Container`] is opened once and checked as a whole: lengths before they are used, then the checksum of every piece.
 //! After that nothing is copied: blocks are [`Block`](kvlathe_cache::Block)s whose bytes lie in the mapped file, for
 //! [`LayerCache::import`](kvlathe_cache::LayerCache::import), and processes that open the same file share its pages.
-//! [`write`] replaces a file as a whole or leaves it as it was.
+//! [`write`](fn@write) replaces a file as a whole or leaves it as it was.
 
 mod error;
 mod header;
@@ -22,4 +22,5 @@ pub use header::{Dtype, Header, LayerHeader, SideHeader};
 pub use layout::{MAGIC, VERSION};
 pub use part::{Part, Place};
 pub use reader::Container;
-pub use writer::{Contents, SideContents, write};
+pub(crate) use reader::mapped;
+pub use writer::{Contents, SideContents, to_bytes, write};

@@ -38,12 +38,7 @@ impl Container {
             return Err(io_error(io::Error::other("it is no ordinary file")));
         }
         let file = File::open(path).map_err(io_error)?;
-        let file = if file.metadata().map_err(io_error)?.len() == 0 {
-            Bytes::new()
-        } else {
-            Bytes::from_owner(mapped(&file).map_err(io_error)?)
-        };
-        Self::from_bytes(file)
+        Self::from_bytes(mapped(&file).map_err(io_error)?)
     }
 
     /// As [`Container::open`], of a file's bytes.
@@ -161,10 +156,13 @@ impl Container {
 
 /// A file as memory.
 #[expect(unsafe_code, reason = "mapping is")]
-fn mapped(file: &File) -> io::Result<Mmap> {
+pub(crate) fn mapped(file: &File) -> io::Result<Bytes> {
+    if file.metadata()?.len() == 0 {
+        return Ok(Bytes::new());
+    }
     // SAFETY: the mapping is only read. That nobody changes the file meanwhile is the caller's promise, which
     // `Container::open` documents; our own writers replace files and never write to one that exists.
-    unsafe { Mmap::map(file) }
+    Ok(Bytes::from_owner(unsafe { Mmap::map(file) }?))
 }
 
 /// The pieces so far that do not share their bytes with an earlier one: each begins where the one before it ends.

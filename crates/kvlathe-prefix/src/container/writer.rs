@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use kvlathe_cache::{Block, Bytes};
 use kvlathe_codec::{Side, StreamId};
@@ -13,12 +13,12 @@ use super::header::{Header, LayerHeader};
 use super::layout::{ALIGNMENT, ENTRY_BYTES, Entry, PRELUDE_BYTES, Prelude, aligned};
 use super::part::{Place, pieces};
 
-/// What goes into a file, for [`write`]. Exact tokens are `[batch, heads, n, head_dim]`, contiguous and little-endian.
+/// What goes into a file, for [`write`](fn@write). Exact tokens are `[batch, heads, n, head_dim]`, contiguous and little-endian.
 #[derive(Debug, Clone)]
 pub struct Contents<'a> {
     /// Sizes of all that follows.
     pub header: Header,
-    /// `[batch, n_tokens]`, row by row.
+    /// `[batch, n_tokens - first_token_id]`, row by row.
     pub token_ids: Option<&'a [u32]>,
     /// Keys and values of each layer that the header has a shape for.
     pub layers: Vec<[SideContents<'a>; 2]>,
@@ -48,47 +48,87 @@ enum Piece<'a> {
 /// Contents that do not fit their header, and what the system says. `path` is as it was then.
 pub fn write(path: impl AsRef<Path>, contents: &Contents<'_>) -> Result<()> {
     let path = path.as_ref();
-    contents.header.check()?;
-    let ids = contents.token_ids.map(|ids| ids.iter().flat_map(|id| id.to_le_bytes()).collect::<Vec<u8>>());
-    let given = given_pieces(contents, ids.as_deref())?;
-    let json = contents.header.to_json()?;
-    let header_end = PRELUDE_BYTES + json.len() + ENTRY_BYTES * given.len();
-    let too_large = || ContainerError::Header { what: "more bytes than there can be".to_owned() };
-    let mut offset = aligned(header_end).ok_or_else(too_large)?;
-    let mut entries: Vec<Entry> = Vec::with_capacity(given.len());
-    for piece in &given {
-        entries.push(match *piece {
-            Piece::New(bytes) => {
-                let entry =
-                    Entry { offset: offset as u64, n_bytes: bytes.len() as u64, crc: padded_crc(bytes) };
-                offset = aligned(bytes.len()).and_then(|n| offset.checked_add(n)).ok_or_else(too_large)?;
-                entry
-            }
-            Piece::Shared(with) => entries[with],
-        });
-    }
-    let mut described = json;
-    let json_bytes = described.len() as u64;
-    described.extend(entries.iter().flat_map(|entry| entry.to_bytes()));
-    described.resize(described.len().next_multiple_of(ALIGNMENT), 0);
-    let prelude = Prelude {
-        header_crc: crc32fast::hash(&described),
-        file_bytes: offset as u64,
-        json_bytes,
-        n_pieces: entries.len() as u64,
-    };
+    let ids = id_bytes(contents);
+    let planned = Planned::new(contents, ids.as_deref())?;
     let written = atomic_write(path, |file| {
         let mut file = BufWriter::with_capacity(1 << 20, file);
-        file.write_all(&prelude.to_bytes())?;
-        file.write_all(&described)?;
-        for piece in &given {
-            if let Piece::New(bytes) = piece {
-                write_padded(&mut file, bytes)?;
-            }
-        }
+        planned.write(&mut file)?;
         file.flush()
     });
     written.map_err(|source| ContainerError::Io { path: path.to_owned(), source })
+}
+
+/// The bytes of the file that [`write()`] makes.
+///
+/// # Errors
+/// Contents that do not fit their header, and no memory.
+pub fn to_bytes(contents: &Contents<'_>) -> Result<Bytes> {
+    let ids = id_bytes(contents);
+    let planned = Planned::new(contents, ids.as_deref())?;
+    let mut file = Vec::new();
+    let n_pieces = contents.header.n_pieces().unwrap_or(0);
+    file.try_reserve_exact(planned.n_bytes).map_err(|_| ContainerError::OutOfMemory { n_pieces })?;
+    planned.write(&mut file).map_err(|source| ContainerError::Io { path: PathBuf::new(), source })?;
+    Ok(file.into())
+}
+
+fn id_bytes(contents: &Contents<'_>) -> Option<Vec<u8>> {
+    contents.token_ids.map(|ids| ids.iter().flat_map(|id| id.to_le_bytes()).collect())
+}
+
+/// A file whose every byte has its place.
+struct Planned<'a> {
+    prelude: Prelude,
+    /// Header and table.
+    described: Vec<u8>,
+    pieces: Vec<Piece<'a>>,
+    n_bytes: usize,
+}
+
+impl<'a> Planned<'a> {
+    fn new(contents: &'a Contents<'_>, ids: Option<&'a [u8]>) -> Result<Self> {
+        contents.header.check()?;
+        let given = given_pieces(contents, ids)?;
+        let json = contents.header.to_json()?;
+        let header_end = PRELUDE_BYTES + json.len() + ENTRY_BYTES * given.len();
+        let too_large = || ContainerError::Header { what: "more bytes than there can be".to_owned() };
+        let mut offset = aligned(header_end).ok_or_else(too_large)?;
+        let mut entries: Vec<Entry> = Vec::with_capacity(given.len());
+        for piece in &given {
+            entries.push(match *piece {
+                Piece::New(bytes) => {
+                    let entry =
+                        Entry { offset: offset as u64, n_bytes: bytes.len() as u64, crc: padded_crc(bytes) };
+                    offset =
+                        aligned(bytes.len()).and_then(|n| offset.checked_add(n)).ok_or_else(too_large)?;
+                    entry
+                }
+                Piece::Shared(with) => entries[with],
+            });
+        }
+        let mut described = json;
+        let json_bytes = described.len() as u64;
+        described.extend(entries.iter().flat_map(|entry| entry.to_bytes()));
+        described.resize(described.len().next_multiple_of(ALIGNMENT), 0);
+        let prelude = Prelude {
+            header_crc: crc32fast::hash(&described),
+            file_bytes: offset as u64,
+            json_bytes,
+            n_pieces: entries.len() as u64,
+        };
+        Ok(Self { prelude, described, pieces: given, n_bytes: offset })
+    }
+
+    fn write(&self, file: &mut impl Write) -> io::Result<()> {
+        file.write_all(&self.prelude.to_bytes())?;
+        file.write_all(&self.described)?;
+        for piece in &self.pieces {
+            if let Piece::New(bytes) = piece {
+                write_padded(file, bytes)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Behind a piece of so many bytes.

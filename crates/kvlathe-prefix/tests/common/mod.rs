@@ -52,6 +52,8 @@ pub fn header() -> Header {
         batch: BATCH,
         block_len: BLOCK_LEN,
         has_token_ids: true,
+        first_token_id: 0,
+        chunk_key: String::new(),
         compress_start_len: 0,
         uncompressed_tail: 6,
         record_past: false,
