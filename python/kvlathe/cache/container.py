@@ -31,6 +31,8 @@ SIDES: tuple[Side, Side] = ("key", "value")
 
 # What the file says, with whatever keys a later writer may add.
 Header = dict[str, Any]
+# What native code writes of a side: the bytes of its sinks, its rows' blocks, the bytes of its tail.
+SideContents = tuple[Tensor, list[PackedRow], Tensor]
 
 
 def write_cache(
@@ -45,15 +47,7 @@ def write_cache(
         weights: what `model_identity` says, or "".
     """
     check_portable(layers)
-    held = {layer.held for layer in layers if layer.get_seq_length()}
-    if len(held) != 1:
-        unlike = (
-            "are unlike, as a pass through the model was cut short; crop(0) or reset()"
-            if held
-            else "hold nothing"
-        )
-        raise CacheStateError(f"the layers of this cache {unlike}")
-    n_tokens, batch = held.pop()
+    n_tokens, batch = held_by_all(layers)
     preset = preset_of(layers)
     ids = None if token_ids is None else ids_of(token_ids, batch, n_tokens)
     filled = [layer for layer in layers if layer.get_seq_length()]
@@ -84,6 +78,23 @@ def origin(preset: Preset, weights: str) -> Header:
         "weights": weights,
         "block_len": preset.block_len,
     }
+
+
+def held_by_all(layers: Sequence[CompressedLayer]) -> tuple[int, int]:
+    """Tokens, and sequences that have them, in all layers but those that a model leaves out.
+
+    Raises:
+        CacheStateError: layers that are unlike, or none that holds anything.
+    """
+    held = {layer.held for layer in layers if layer.get_seq_length()}
+    if len(held) == 1:
+        return held.pop()
+    unlike = (
+        "are unlike, as a pass through the model was cut short; crop(0) or reset()"
+        if held
+        else "hold nothing; a cache that holds nothing is not saved"
+    )
+    raise CacheStateError(f"the layers of this cache {unlike}")
 
 
 def check_portable(layers: Sequence[Any]) -> None:
@@ -135,18 +146,36 @@ def ids_of(token_ids: Tensor | Sequence[Any], batch: int, n_tokens: int) -> list
     Raises:
         ShapeError: those of another cache.
     """
+    ids = whole_numbers(token_ids)
+    if ids is None or ids.shape[0] != batch or ids.shape[1] < n_tokens:
+        given = torch.as_tensor(token_ids)
+        raise ShapeError(
+            f"token_ids are {given.dtype} {list(given.shape)}, but the cache holds {n_tokens} tokens of {batch} rows; "
+            f"give the ids that the model was given, [{batch}, {n_tokens}]; more behind them are left out"
+        )
+    ids = ids[:, :n_tokens]
+    check_range(ids)
+    flat: list[int] = ids.reshape(-1).tolist()
+    return flat
+
+
+def whole_numbers(token_ids: Tensor | Sequence[Any]) -> Tensor | None:
+    """Ids as [B, T] on the CPU, one sequence being a batch of one; None for what is none."""
     ids = torch.as_tensor(token_ids).detach().cpu()
     ids = ids[None] if ids.dim() == 1 else ids
     whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-    if ids.dim() != 2 or ids.shape[0] != batch or ids.shape[1] < n_tokens or not whole:
-        raise ShapeError(
-            f"token_ids are {ids.dtype} {list(ids.shape)}, but the cache holds {n_tokens} tokens of {batch} rows; give "
-            f"the ids that the model was given, [{batch}, {n_tokens}]; more behind them are left out"
-        )
-    flat: list[int] = ids[:, :n_tokens].reshape(-1).tolist()
-    if min(flat) < 0 or max(flat) >= 2**32:
-        raise ShapeError(f"token_ids range from {min(flat)} to {max(flat)}, expected 0 to 2^32 - 1")
-    return flat
+    return ids if ids.dim() == 2 and whole else None
+
+
+def check_range(ids: Tensor) -> None:
+    """Refuse what does not fit into the four bytes that a file has for an id.
+
+    Raises:
+        ShapeError
+    """
+    least, most = int(ids.min()), int(ids.max())
+    if least < 0 or most >= 2**32:
+        raise ShapeError(f"token_ids range from {least} to {most}, expected 0 to 2^32 - 1")
 
 
 def layer_shape(layer: CompressedLayer, parts: LayerParts) -> Header:
@@ -179,8 +208,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def side_contents(parts: SideParts) -> tuple[Tensor, list[PackedRow], Tensor]:
-    """What native code writes of a side: the bytes of its sinks, its rows' blocks, the bytes of its tail."""
+def side_contents(parts: SideParts) -> SideContents:
+    """A side as `write_container` and `NativePrefixStore.put` take it."""
     sinks, tail = (
         each.detach().cpu().contiguous().view(-1).view(torch.uint8) for each in (parts.sinks, parts.tail)
     )

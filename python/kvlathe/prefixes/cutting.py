@@ -7,19 +7,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from .._native import PackedRow
-from ..cache.container import SIDES, check_portable, layer_shape, origin, preset_of
+from ..cache.container import (
+    Header,
+    SideContents,
+    check_portable,
+    held_by_all,
+    layer_shape,
+    origin,
+    preset_of,
+    side_contents,
+)
 from ..cache.layer import CompressedLayer
-from ..errors import CacheStateError, ShapeError
-from ..stores import LayerParts, SideParts
+from ..errors import ShapeError
+from ..stores import BlockRow, LayerParts, SideParts
 from ..stores.block import native_row
-
-# Sinks, each row's blocks, tail.
-_Side = tuple[Tensor, list[PackedRow], Tensor]
-
 
 # A chunk's number from 0, and whether its layers with windows are meant, which a prefix needs near its end only, not
 # those of full attention.
@@ -42,22 +43,14 @@ class CutCache:
 
     def __init__(self, layers: Sequence[Any], chunk_len: int) -> None:
         check_portable(layers)
-        held = {layer.held for layer in layers if layer.get_seq_length()}
-        if len(held) != 1:
-            raise CacheStateError(
-                "the layers of this cache are unlike, as a pass through the model was cut short; crop(0) or reset()"
-                if held
-                else "this cache holds nothing"
-            )
-        self.n_tokens, self.batch = held.pop()
+        self.n_tokens, self.batch = held_by_all(layers)
         self.preset = preset_of(layers)
         self._chunk_len, self._block_len = chunk_len, self.preset.block_len
-        self._shapes: list[dict[str, Any] | None] = []
-        self._parts: list[LayerParts | None] = []
+        self._n_layers = len(layers)
+        # Of each layer that holds something: a twin that has coded every whole block, and what that holds.
+        self._held: dict[int, tuple[CompressedLayer, LayerParts]] = {}
         for index, layer in enumerate(layers):
             if not layer.get_seq_length():
-                self._shapes.append(None)
-                self._parts.append(None)
                 continue
             if layer.padding is not None:
                 raise ShapeError(
@@ -65,9 +58,7 @@ class CutCache:
                     f"sequences of different lengths one by one"
                 )
             packed = _packed(layer)
-            parts = packed.export_parts()
-            self._parts.append(parts)
-            self._shapes.append(layer_shape(packed, parts))
+            self._held[index] = packed, packed.export_parts()
 
     def parts(self, n_chunks: int) -> Iterator[ChunkPart]:
         """What there is of the first chunks."""
@@ -78,30 +69,27 @@ class CutCache:
 
     def can_end(self, n_chunks: int) -> bool:
         """Whether layers with windows still hold all that a query behind so many chunks sees."""
-        windows = [shape["window"] for shape in self._shapes if shape is not None and shape["window"]]
-        if not windows or not n_chunks:
+        seen = [
+            packed.policy.first_seen(n_chunks * self._chunk_len)
+            for packed, _ in self._held.values()
+            if packed.is_sliding
+        ]
+        if not seen or not n_chunks:
             return True
-        first_token = max(0, n_chunks * self._chunk_len + 1 - max(windows))
-        first = min(first_token // self._chunk_len, n_chunks - 1)
+        first = min(min(seen) // self._chunk_len, n_chunks - 1)
         return all(self._holds(index, True) for index in range(first, n_chunks))
 
     def file(
         self, row: int, part: ChunkPart, chunk_key: str, weights: str
-    ) -> tuple[str, list[tuple[_Side, _Side]]]:
-        """A chunk of one row for `NativePrefixStore.put`: its header, and its layers."""
+    ) -> tuple[ChunkPart, str, list[tuple[SideContents, SideContents]]]:
+        """A chunk of one row for `NativePrefixStore.put`: which it is, its header, and its layers."""
         index, is_window = part
-        shapes: list[dict[str, Any] | None] = [None] * len(self._shapes)
+        shapes: list[Header | None] = [None] * self._n_layers
         contents = []
-        for layer in self._of_kind(is_window):
-            shape, parts = self._shapes[layer], self._parts[layer]
-            assert shape is not None and parts is not None
-            of_chunk = {**shape}
-            sides = []
-            for side in SIDES:
-                of_chunk[side], content = self._side(shape[side], getattr(parts, side), row, index)
-                sides.append(content)
-            shapes[layer] = of_chunk
-            contents.append((sides[0], sides[1]))
+        for layer, (packed, parts) in self._of_kind(is_window).items():
+            keys, values = (self._chunk(side, row, index) for side in (parts.key, parts.value))
+            shapes[layer] = layer_shape(packed, LayerParts(keys, values))
+            contents.append((side_contents(keys), side_contents(values)))
         start = index * self._chunk_len
         header = {
             **origin(self.preset, weights),
@@ -114,46 +102,33 @@ class CutCache:
             "uncompressed_tail": 0,
             "layers": shapes,
         }
-        return json.dumps(header), contents
+        return part, json.dumps(header), contents
 
-    def _of_kind(self, is_window: bool) -> list[int]:
-        return [
-            index
-            for index, shape in enumerate(self._shapes)
-            if shape is not None and (shape["window"] is not None) == is_window
-        ]
+    def _of_kind(self, is_window: bool) -> dict[int, tuple[CompressedLayer, LayerParts]]:
+        return {layer: held for layer, held in self._held.items() if held[0].is_sliding == is_window}
 
     def _holds(self, index: int, is_window: bool) -> bool:
         layers = self._of_kind(is_window)
         start, end = index * self._chunk_len, (index + 1) * self._chunk_len
         return bool(layers) and all(
-            side.first <= start and end <= self._coded_end(side)
-            for parts in map(self._parts.__getitem__, layers)
-            if parts is not None
+            side.first <= start and end <= self._first_slot(side) + len(side.blocks[0]) * self._block_len
+            for _, parts in layers.values()
             for side in (parts.key, parts.value)
             if isinstance(side, SideParts)
         )
 
-    def _first_block(self, side: SideParts) -> int:
-        """Position of its first slot."""
+    def _first_slot(self, side: SideParts) -> int:
+        """Position of the first block's."""
         return (side.first + side.sinks.shape[2]) // self._block_len * self._block_len
 
-    def _coded_end(self, side: SideParts) -> int:
-        return self._first_block(side) + len(side.blocks[0]) * self._block_len
-
-    def _side(
-        self, shape: dict[str, Any], side: SideParts, row: int, index: int
-    ) -> tuple[dict[str, Any], _Side]:
-        start, first_block = index * self._chunk_len, self._first_block(side)
-        at = max(0, start - first_block) // self._block_len
-        stop = (start + self._chunk_len - first_block) // self._block_len
-        sinks = side.sinks[row : row + 1] if start == 0 else side.sinks[:1, :, :0]
-        of_chunk = {
-            **shape, "first": start, "n_sinks": sinks.shape[2], "n_blocks": stop - at, "n_tail": 0
-        }  # fmt: skip
-        raw = sinks.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        blocks = native_row(side.blocks[row]).part(at, stop)
-        return of_chunk, (raw, [blocks], torch.empty(0, dtype=torch.uint8))
+    def _chunk(self, side: Any, row: int, index: int) -> SideParts:
+        """A row's tokens of one chunk; sinks belong to the first one."""
+        start, first_slot = index * self._chunk_len, self._first_slot(side)
+        at = max(0, start - first_slot) // self._block_len
+        stop = (start + self._chunk_len - first_slot) // self._block_len
+        sinks = side.sinks[row : row + 1]
+        blocks = BlockRow(native_row(side.blocks[row]).part(at, stop))
+        return SideParts(start, sinks if start == 0 else sinks[:, :, :0], [blocks], side.tail[:1, :, :0])
 
 
 def _packed(layer: CompressedLayer) -> CompressedLayer:

@@ -14,7 +14,6 @@ from ..cache.layer import CompressedLayer
 from ..errors import ContainerError
 from ..preset import Preset, Side
 from ..stores import BlockRow, LayerParts, SideParts
-from ..stores.block import native_row
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,9 @@ class FoundRow:
     window: list[Chunk]
 
 
-def fill(layers: Sequence[CompressedLayer], rows: Sequence[FoundRow], preset: Preset) -> None:
+def fill(
+    layers: Sequence[CompressedLayer], rows: Sequence[FoundRow], preset: Preset, device: torch.device
+) -> None:
     """Fill an empty cache's layers with the chunks of each row, which have as many tokens in all of them. Blocks are
     attended to where they lie.
 
@@ -64,33 +65,31 @@ def fill(layers: Sequence[CompressedLayer], rows: Sequence[FoundRow], preset: Pr
         if not any(shapes):
             continue  # a layer that the model leaves out
         _check_shapes(index, layer, shapes)
-        layer.import_parts(LayerParts(*(_side(of_rows, index, side) for side in SIDES)))
+        layer.import_parts(LayerParts(*(_side(of_rows, index, side, device) for side in SIDES)))
         restore_form(layer, shapes[0])
 
 
 def _check_shapes(index: int, layer: CompressedLayer, shapes: Sequence[Header | None]) -> None:
-    policy = layer.policy
+    """All chunks hold the layer, in one geometry, and as the preset and the model have it."""
+    expected = (layer.policy.n_sinks, layer.policy.window)
+    kinds = set()
     for shape in shapes:
-        expected = (policy.n_sinks, policy.window)
         given = None if shape is None else (shape["n_sinks"], shape["window"])
-        alike = shape is not None and all(
-            shape[name] == shapes[0][name] for name in ("n_heads", "dtype", "model_dtypes") if shapes[0]
-        )
-        if given != expected or not alike:
+        if shape is not None:
+            kinds.add((shape["n_heads"], shape["dtype"], *shape["model_dtypes"]))
+        if given != expected or len(kinds) != 1:
             raise ContainerError(
                 f"layer {index} of a stored chunk has (sinks, window) {given}, expected {expected}, or other heads "
                 f"than its neighbour"
             )
 
 
-def _side(of_rows: Sequence[Sequence[Chunk]], layer: int, side: Side) -> SideParts:
-    rows = []
-    firsts: list[SideParts] = []
-    for chunks in of_rows:
-        # Their tokens are no part of the parts' device: stores take exact tokens where they are.
-        parts = [side_parts(each.native, each.header, layer, side, torch.device("cpu")) for each in chunks]
-        firsts.append(parts[0])
-        rows.append(BlockRow(PackedRow.joined([native_row(each.blocks[0]) for each in parts])))
-    sinks = torch.cat([each.sinks for each in firsts])
-    tail = torch.cat([each.tail for each in firsts])
+def _side(of_rows: Sequence[Sequence[Chunk]], layer: int, side: Side, device: torch.device) -> SideParts:
+    """Exact tokens of each row's first chunk, and the blocks of all."""
+    firsts = [side_parts(chunks[0].native, chunks[0].header, layer, side, device) for chunks in of_rows]
+    rows = [
+        BlockRow(PackedRow.joined([chunk.native.blocks(layer, side, 0) for chunk in chunks]))
+        for chunks in of_rows
+    ]
+    sinks, tail = (torch.cat([getattr(each, name) for each in firsts]) for name in ("sinks", "tail"))
     return SideParts(firsts[0].first, sinks, rows, tail)

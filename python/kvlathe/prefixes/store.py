@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .._native import NativePrefixStore, PrefixScope
 from ..cache import CompressedDynamicCache
-from ..cache.container import check_portable
+from ..cache.container import check_portable, check_range, whole_numbers
 from ..counts import is_count
 from ..errors import (
     BlockError,
@@ -28,7 +28,7 @@ from ..errors import (
 from ..given_model import input_device, transformers_model
 from ..model_identity import model_identity
 from ..preset import Preset
-from .cutting import ChunkPart, CutCache
+from .cutting import CutCache
 from .generation import generate
 from .joining import Chunk, FoundRow, fill
 from .statistics import PrefixStatistics
@@ -138,18 +138,19 @@ class PrefixStore:
         model = self._whose(model)
         rows = _rows(token_ids)
         cache = self._new_cache(model)
-        scope = self._scope(model, extra_key)
+        weights = model_identity(model)
+        scope = self._scope(weights, extra_key)
         windows = [layer.policy.window for layer in cache.layers]
         longest = max((window for window in windows if window is not None), default=None)
         try:
             found, n_chunks = self._find(scope, rows, None in windows, longest)
             if n_chunks:
-                fill(cache.layers, found, self.preset)
+                fill(cache.layers, found, self.preset, input_device(model))
         except (PrefixStoreError, ContainerError, BlockError, ShapeError) as error:
             self._tell(error)
             cache, n_chunks = self._new_cache(model), 0
         n_tokens = n_chunks * self.chunk_len
-        cache.note_weights(model_identity(model))
+        cache.note_weights(weights)
         self.statistics.n_lookups += len(rows)
         self.statistics.n_hits += len(rows) if n_tokens else 0
         self.statistics.n_tokens_asked += sum(map(len, rows))
@@ -183,7 +184,7 @@ class PrefixStore:
             ShapeError: ids that do not fit the cache, or rows with padding in front.
             PrefixStoreError: if ``strict``, what would be a warning.
         """
-        model = self._whose(model if model is not None else _of_cache(cache))
+        model = self._whose(model if model is not None else cache.model)
         rows = _rows(token_ids)
         weights = model_identity(model)
         with cache.held_still("PrefixStore.save()"):
@@ -196,7 +197,7 @@ class PrefixStore:
             raise ShapeError(
                 f"token_ids have {len(rows)} rows, the cache {cut.batch}; give those of the cache"
             )
-        scope = self._scope(model, extra_key)
+        scope = self._scope(weights, extra_key)
         n_chunks = min(cut.n_tokens, *map(len, rows)) // self.chunk_len
         try:
             for row, ids in enumerate(rows):
@@ -247,8 +248,8 @@ class PrefixStore:
     def __repr__(self) -> str:
         return f"PrefixStore({self.url!r}, {self.preset!r}, chunk_len={self.chunk_len})"
 
-    def _whose(self, model: PreTrainedModel | None) -> PreTrainedModel:
-        model = model if model is not None else self.model
+    def _whose(self, given: nn.Module | None) -> PreTrainedModel:
+        model = given if given is not None else self.model
         if model is None:
             raise ModelError(
                 "whose keys and values are these? Two fine-tunes of one model must not share them: pass model= here, "
@@ -262,11 +263,11 @@ class PrefixStore:
         check_portable(cache.layers)
         return cache
 
-    def _scope(self, model: PreTrainedModel, extra_key: str | bytes) -> PrefixScope:
+    def _scope(self, weights: str, extra_key: str | bytes) -> PrefixScope:
         extra = extra_key.encode() if isinstance(extra_key, str) else bytes(extra_key)
         digest = self.preset.digest
         assert digest is not None
-        return PrefixScope(digest, model_identity(model), extra, self.chunk_len, self._secret)
+        return PrefixScope(digest, weights, extra, self.chunk_len, self._secret)
 
     def _find(
         self, scope: PrefixScope, rows: list[list[int]], full: bool, window: int | None
@@ -284,9 +285,12 @@ class PrefixStore:
                     self._tell(trouble)
                 found.append(FoundRow(list(map(Chunk.of, of_full)), list(map(Chunk.of, of_window))))
                 counts.append(n_found)
-            if min(counts) == max(counts):
-                return found, counts[0]
             n_chunks = min(counts)
+            if window is None:
+                return [FoundRow(row.full[:n_chunks], []) for row in found], n_chunks
+            # Where another row ends, this one's windows may be missing.
+            if n_chunks == max(counts):
+                return found, n_chunks
         return [], 0
 
     def _put(self, scope: PrefixScope, cut: CutCache, row: int, ids: list[int], weights: str) -> None:
@@ -295,13 +299,10 @@ class PrefixStore:
         missing = self._native.missing(scope, ids, parts)
         new = [part for part, is_missing in zip(parts, missing, strict=True) if is_missing]
         for at in range(0, len(new), _N_AT_ONCE):
-            files = [self._file(cut, row, part, keys, weights) for part in new[at : at + _N_AT_ONCE]]
+            files = [cut.file(row, part, keys[part[0]], weights) for part in new[at : at + _N_AT_ONCE]]
             self.statistics.n_bytes_saved += self._native.put(scope, ids, files)
             self.statistics.n_chunks_saved += len(files)
         self._native.touch(scope, ids, parts)
-
-    def _file(self, cut: CutCache, row: int, part: ChunkPart, keys: list[str], weights: str) -> Any:
-        return (part, *cut.file(row, part, keys[part[0]], weights))
 
     def _tell(self, error: KvlatheError) -> None:
         """What went wrong, once; or always, if strict."""
@@ -314,23 +315,18 @@ class PrefixStore:
             warnings.warn(f"{error}; going on without it", PrefixStoreWarning, stacklevel=3)
 
 
-def _of_cache(cache: CompressedDynamicCache) -> PreTrainedModel | None:
-    model = cache.model
-    return model if isinstance(model, PreTrainedModel) else None
-
-
 def _rows(token_ids: Tensor | Sequence[Any]) -> list[list[int]]:
     """Each row's ids.
 
     Raises:
         ShapeError: something else than whole numbers [T] or [B, T].
     """
-    ids = torch.as_tensor(token_ids).detach().cpu()
-    ids = ids[None] if ids.dim() == 1 else ids
-    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-    if ids.dim() != 2 or not ids.numel() or not whole:
-        raise ShapeError(f"token_ids are {ids.dtype} {list(ids.shape)}, expected whole numbers [T] or [B, T]")
-    if int(ids.min()) < 0 or int(ids.max()) >= 2**32:
-        raise ShapeError(f"token_ids range from {int(ids.min())} to {int(ids.max())}, expected 0 to 2^32 - 1")
+    ids = whole_numbers(token_ids)
+    if ids is None or not ids.numel():
+        given = torch.as_tensor(token_ids)
+        raise ShapeError(
+            f"token_ids are {given.dtype} {list(given.shape)}, expected whole numbers [T] or [B, T]"
+        )
+    check_range(ids)
     rows: list[list[int]] = ids.tolist()
     return rows
