@@ -28,12 +28,6 @@ impl PrefixScope {
         Ok(Self(Scope::new(&Dependencies { preset, weights, extra, chunk_len }, secret)))
     }
 
-    /// In front of all names.
-    #[getter]
-    fn name(&self) -> String {
-        self.0.name()
-    }
-
     /// The keys of all whole chunks.
     fn keys(&self, token_ids: Vec<u32>) -> Vec<String> {
         self.0.keys(&token_ids).iter().map(ToString::to_string).collect()
@@ -167,19 +161,6 @@ impl NativePrefixStore {
     ) -> PyResult<Option<Container>> {
         let name = ChunkName { scope, key, end, part: part(is_window) };
         Ok(py.detach(|| self.0.read(&name)).map_err(to_python)?.map(Container))
-    }
-
-    /// Removes an object.
-    fn delete(
-        &self,
-        py: Python<'_>,
-        scope: String,
-        key: String,
-        end: usize,
-        is_window: bool,
-    ) -> PyResult<()> {
-        let name = ChunkName { scope, key, end, part: part(is_window) };
-        py.detach(|| self.0.delete(&name)).map_err(to_python)
     }
 
     /// Removes what the limits do not allow: objects, bytes.

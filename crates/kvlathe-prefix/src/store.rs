@@ -1,11 +1,13 @@
 //! A store of prefixes: the longest stored one of a sequence, and new chunks for it.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
+use kvlathe_cache::Policy;
 use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -20,7 +22,7 @@ const N_PARALLEL: usize = 8;
 /// How a store behaves.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
-    /// For a whole lookup, and for each object that is written.
+    /// For a whole lookup, and for each other answer of the store.
     pub timeout: Duration,
     /// [`PrefixStore::evict`] keeps so many bytes.
     pub max_bytes: Option<u64>,
@@ -81,7 +83,7 @@ impl PrefixStore {
     /// # Errors
     /// A URL that names no store, and a folder that cannot be made.
     pub async fn open(url: &str, options: Options) -> Result<Self> {
-        let backend = backend::open(url, options.max_age).await?;
+        let backend = backend::open(url, options.timeout, options.max_age).await?;
         Ok(Self { url: backend::redacted(url).into(), backend, options })
     }
 
@@ -141,11 +143,11 @@ impl PrefixStore {
     /// # Errors
     /// A store that fails or is slow.
     pub async fn missing(&self, names: &[ChunkName]) -> Result<Vec<bool>> {
-        let asked = stream::iter(names.iter().map(ToString::to_string)).map(|name| async move {
-            let there = self.backend.exists(&name).await;
-            there.map(|there| !there).map_err(|source| self.failed("cannot look for", name, source))
+        let asked = stream::iter(names).map(|name| async move {
+            let name = name.to_string();
+            Ok(!self.ask("cannot look for", &name, self.backend.exists(&name)).await?)
         });
-        self.in_time(asked.buffered(N_PARALLEL).try_collect()).await
+        asked.buffered(N_PARALLEL).try_collect().await
     }
 
     /// Keeps objects, several at a time. Whoever looks meanwhile finds those that are whole.
@@ -155,11 +157,7 @@ impl PrefixStore {
     pub async fn put(&self, objects: Vec<(ChunkName, Bytes)>) -> Result<()> {
         let writing = stream::iter(objects).map(|(name, bytes)| async move {
             let name = name.to_string();
-            let written = self.in_time(async {
-                let put = self.backend.put(&name, bytes).await;
-                put.map_err(|source| self.failed("cannot write", name.clone(), source))
-            });
-            written.await
+            self.ask("cannot write", &name, self.backend.put(&name, bytes)).await
         });
         writing.buffered(N_PARALLEL).try_collect().await
     }
@@ -169,8 +167,7 @@ impl PrefixStore {
     /// # Errors
     /// A store that fails.
     pub async fn list(&self) -> Result<Vec<(ChunkName, Entry)>> {
-        let found = self.backend.list().await;
-        let found = found.map_err(|source| self.failed("cannot list", "its objects".to_owned(), source))?;
+        let found = self.ask("cannot list", "its objects", self.backend.list()).await?;
         Ok(found.into_iter().filter_map(|entry| Some((ChunkName::parse(&entry.name)?, entry))).collect())
     }
 
@@ -180,11 +177,7 @@ impl PrefixStore {
     /// A store that fails or is slow.
     pub async fn hits(&self, scope: &str) -> Result<Option<u64>> {
         let name = hits_name(scope);
-        self.in_time(async {
-            let counted = self.backend.counted(&name).await;
-            counted.map_err(|source| self.failed("cannot read", name.clone(), source))
-        })
-        .await
+        self.ask("cannot read", &name, self.backend.counted(&name)).await
     }
 
     /// One object, checked as a file is; `None` if it is not there.
@@ -193,8 +186,7 @@ impl PrefixStore {
     /// A store that fails, an object that is damaged.
     pub async fn read(&self, name: &ChunkName) -> Result<Option<Container>> {
         let name = name.to_string();
-        let found = self.backend.get(&name).await;
-        let Some(bytes) = found.map_err(|source| self.failed("cannot read", name.clone(), source))? else {
+        let Some(bytes) = self.ask("cannot read", &name, self.backend.get(&name)).await? else {
             return Ok(None);
         };
         // Checksums of megabytes, off the loop.
@@ -202,7 +194,7 @@ impl PrefixStore {
         match opened {
             Ok(Ok(container)) => Ok(Some(container)),
             Ok(Err(source)) => Err(StoreError::Damaged { name, source }),
-            Err(stopped) => Err(self.failed("cannot check", name, stopped.into())),
+            Err(stopped) => Err(self.failed("cannot check", &name, stopped.into())),
         }
     }
 
@@ -212,8 +204,7 @@ impl PrefixStore {
     /// A store that fails.
     pub async fn delete(&self, name: &ChunkName) -> Result<()> {
         let name = name.to_string();
-        let deleted = self.backend.delete(&name).await;
-        deleted.map_err(|source| self.failed("cannot delete", name, source))
+        self.ask("cannot delete", &name, self.backend.delete(&name)).await
     }
 
     /// Removes what the limits do not allow: what is too old, then what was used longest ago, the ends of prefixes
@@ -252,25 +243,55 @@ impl PrefixStore {
         // Ends first: a beginning is never older than what needs it.
         for name in names.iter().rev() {
             let name = name.to_string();
-            let touched = self.in_time(async {
-                let noted = self.backend.touch(&name).await;
-                noted.map_err(|source| self.failed("cannot note the use of", name.clone(), source))
-            });
-            touched.await?;
+            self.ask("cannot note the use of", &name, self.backend.touch(&name)).await?;
         }
         Ok(())
     }
 
-    async fn in_time<T>(&self, asked: impl Future<Output = Result<T>>) -> Result<T> {
-        timeout(self.options.timeout, asked).await.unwrap_or_else(|_| Err(self.too_slow()))
+    /// An answer of the backend, in time.
+    async fn ask<T>(
+        &self,
+        verb: &'static str,
+        name: &str,
+        answer: impl Future<Output = std::result::Result<T, Failure>>,
+    ) -> Result<T> {
+        match timeout(self.options.timeout, answer).await {
+            Ok(Ok(said)) => Ok(said),
+            Ok(Err(source)) => Err(self.failed(verb, name, source)),
+            Err(_) => Err(self.too_slow()),
+        }
     }
 
     fn too_slow(&self) -> StoreError {
         StoreError::Timeout { url: self.url().to_owned(), limit: self.options.timeout }
     }
 
-    fn failed(&self, verb: &'static str, name: String, source: Failure) -> StoreError {
-        StoreError::Backend { url: self.url().to_owned(), verb, name, source }
+    fn failed(&self, verb: &'static str, name: &str, source: Failure) -> StoreError {
+        StoreError::Backend { url: self.url().to_owned(), verb, name: name.to_owned(), source }
+    }
+
+    /// A part of a chunk, if it is there and is what its name says. What is not is removed, so that it is saved anew.
+    async fn chunk(&self, chunk: &Chunk<'_>, part: Part) -> Result<Option<Container>> {
+        let name = chunk.name(part);
+        let read = self.read(&name).await.and_then(|found| match found {
+            Some(container) => match chunk.mismatch(&container) {
+                Some(what) => Err(StoreError::Mismatch { name: name.to_string(), what }),
+                None => Ok(Some(container)),
+            },
+            None => Ok(None),
+        });
+        let is_broken = match &read {
+            Err(StoreError::Mismatch { .. }) => true,
+            Err(StoreError::Damaged { source, .. }) => {
+                !matches!(source, ContainerError::Newer { .. } | ContainerError::OutOfMemory { .. })
+            }
+            _ => false,
+        };
+        if is_broken {
+            // Whoever may not remove it goes without it.
+            let _ = self.delete(&name).await;
+        }
+        read
     }
 }
 
@@ -281,8 +302,8 @@ fn hits_name(scope: &str) -> String {
 
 /// The first chunk that a query behind `last` sees through a window.
 fn first_seen(last: &Chunk<'_>, window: usize) -> usize {
-    let first_token = (last.end() + 1).saturating_sub(window);
-    (first_token / last.scope.chunk_len()).min(last.index)
+    let policy = Policy { window: NonZeroUsize::new(window), ..Policy::default() };
+    (policy.first_seen(last.end()) / last.scope.chunk_len()).min(last.index)
 }
 
 /// One search, with its time limit and the first trouble it met.
@@ -343,29 +364,5 @@ impl Lookup<'_> {
             self.trouble.get_or_insert(error);
             None
         })
-    }
-}
-
-impl PrefixStore {
-    /// A part of a chunk, if it is there and is what its name says. What is not is removed, so that it is saved anew.
-    async fn chunk(&self, chunk: &Chunk<'_>, part: Part) -> Result<Option<Container>> {
-        let name = chunk.name(part);
-        let read = self.read(&name).await.and_then(|found| {
-            let Some(container) = found else { return Ok(None) };
-            match chunk.mismatch(&container) {
-                None => Ok(Some(container)),
-                Some(what) => Err(StoreError::Mismatch { name: name.to_string(), what }),
-            }
-        });
-        if let Err(StoreError::Damaged { source, .. }) = &read
-            && matches!(source, ContainerError::Newer { .. } | ContainerError::OutOfMemory { .. })
-        {
-            return read;
-        }
-        if let Err(StoreError::Damaged { .. } | StoreError::Mismatch { .. }) = &read {
-            // Whoever may not remove it goes without it.
-            let _ = self.delete(&name).await;
-        }
-        read
     }
 }

@@ -57,7 +57,7 @@ class PrefixStore:
             exact, as presets are measured: what is coded right before the next token costs most.
         compress_start_len: of the caches that `load` makes, as their ``uncompressed_tail``; see
             `CompressedDynamicCache`.
-        timeout_s: seconds for a lookup, and for each chunk that is written.
+        timeout_s: seconds for a lookup, and for each other answer of the store.
         max_bytes: that a folder or bucket may hold after a `save` or `evict`; what was used longest ago goes first.
         max_age_s: seconds after which what nobody used goes; Redis sees to that itself.
         strict: raise what would be a warning.

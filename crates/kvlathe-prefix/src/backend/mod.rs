@@ -65,7 +65,11 @@ pub trait Backend: Debug + Send + Sync {
 /// # Errors
 /// A URL of an unknown kind, or one that lacks something.
 #[cfg_attr(not(feature = "redis"), expect(unused_variables, reason = "others are told to evict"))]
-pub(crate) async fn open(text: &str, expiry: Option<Duration>) -> Result<Arc<dyn Backend>> {
+pub(crate) async fn open(
+    text: &str,
+    timeout: Duration,
+    expiry: Option<Duration>,
+) -> Result<Arc<dyn Backend>> {
     let url = parse(text)?;
     let wrong = |what: String| StoreError::Url { url: redacted(text), what: without_secrets(&url, &what) };
     match url.scheme() {
@@ -77,9 +81,9 @@ pub(crate) async fn open(text: &str, expiry: Option<Duration>) -> Result<Arc<dyn
         }
         "memory" => Ok(Arc::new(memory::Memory::default())),
         #[cfg(feature = "redis")]
-        "redis" | "rediss" => {
-            Ok(Arc::new(redis::Redis::open(&url, expiry).await.map_err(|error| wrong(error.to_string()))?))
-        }
+        "redis" | "rediss" => Ok(Arc::new(
+            redis::Redis::open(&url, timeout, expiry).await.map_err(|error| wrong(error.to_string()))?,
+        )),
         #[cfg(feature = "cloud")]
         _ => Ok(Arc::new(cloud::Cloud::open(&url).map_err(|error| wrong(error.to_string()))?)),
         #[cfg(not(feature = "cloud"))]

@@ -27,12 +27,18 @@ impl std::fmt::Debug for Redis {
 
 impl Redis {
     /// Objects that nobody reads for `expiry` go.
-    pub(super) async fn open(url: &Url, expiry: Option<Duration>) -> Result<Self, RedisError> {
+    pub(super) async fn open(
+        url: &Url,
+        timeout: Duration,
+        expiry: Option<Duration>,
+    ) -> Result<Self, RedisError> {
         #[cfg(feature = "cloud")]
         super::cloud::use_ring();
         let client = Client::open(url.as_str())?;
-        // The store has a time limit of its own, for all attempts together.
-        let config = ConnectionManagerConfig::new().set_number_of_retries(2);
+        // The store has a time limit of its own, for all attempts together. The client's, half a second, is too short
+        // for chunks of megabytes on a slow line.
+        let config =
+            ConnectionManagerConfig::new().set_number_of_retries(2).set_response_timeout(Some(timeout));
         let connection = ConnectionManager::new_lazy_with_config(client, config)?;
         Ok(Self { connection, expiry })
     }
