@@ -29,9 +29,9 @@ from kvlathe import (
 )
 from kvlathe.model_loading import LoadedModel
 from kvlathe.preset import Preset
+from prefix_helpers import CHUNK, filled, store_of
 from tiny_models import tiny
 
-CHUNK = 16
 _GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 
 
@@ -40,21 +40,9 @@ def url(tmp_path: Path) -> str:
     return (tmp_path / "prefixes").as_uri()
 
 
-def store_of(url: str, name: str = "llama", **options: Any) -> PrefixStore:
-    options = {"chunk_len": CHUNK, "uncompressed_tail": 0, "strict": True, **options}
-    return PrefixStore(url, preset_of(name), model=model_of(name), **options)
-
-
 def logits(model: Any, cache: Any, ids: Tensor) -> Tensor:
     with torch.no_grad():
         return model(input_ids=ids, past_key_values=cache).logits
-
-
-def filled(name: str, ids: Tensor, **options: Any) -> CompressedDynamicCache:
-    cache = CompressedDynamicCache.from_preset(preset_of(name), model=model_of(name), **options)
-    cache.activate_past_recording()
-    logits(model_of(name), cache, ids)
-    return cache
 
 
 def files(url: str) -> list[Path]:

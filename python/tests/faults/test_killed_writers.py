@@ -12,35 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from cache_helpers import model_of, preset_of, tokens
-from kvlathe import CompressedDynamicCache, PrefixStore
+from cache_helpers import tokens
+from kvlathe import CompressedDynamicCache
+from prefix_helpers import filled, store_of
 
-CHUNK = 16
 N_SEQUENCES = 24
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-
-
-def store_of(url: str) -> PrefixStore:
-    return PrefixStore(
-        url, preset_of("llama"), model=model_of("llama"), chunk_len=CHUNK, uncompressed_tail=0, strict=True
-    )
 
 
 def sequence(seed: int) -> torch.Tensor:
     return tokens(70, seed=1000 + seed)
 
 
-def filled(seed: int) -> CompressedDynamicCache:
-    cache = CompressedDynamicCache.from_preset(preset_of("llama"), model=model_of("llama"))
-    with torch.no_grad():
-        model_of("llama")(sequence(seed), past_key_values=cache)
-    return cache
-
-
 def test_killed_at_random_points(tmp_path: Path) -> None:
     url = (tmp_path / "store").as_uri()
-    caches = [filled(seed) for seed in range(N_SEQUENCES)]
+    caches = [filled("llama", sequence(seed)) for seed in range(N_SEQUENCES)]
     rng, reported = random.Random(0), set()
     for kill in range(40):
         receive, send = os.pipe()
