@@ -7,10 +7,12 @@ from .errors import KvlatheError
 
 __all__ = [
     "Container",
+    "EncodedPage",
     "LowRankCodec",
     "MappedBytes",
     "Moments",
     "NativeLayer",
+    "NativePageStore",
     "NativePrefixStore",
     "PackedBlock",
     "PackedRow",
@@ -148,6 +150,36 @@ class NativePrefixStore:
     def hits(self, scope: str) -> int | None: ...
     def read(self, scope: str, key: str, end: int, is_window: bool) -> Container | None: ...
     def evict(self) -> tuple[int, int]: ...
+
+# Keys and values, [layers, heads, tokens, head_dim] contiguous.
+_Page = tuple[Tensor, Tensor]
+
+@final
+class EncodedPage:
+    @property
+    def n_bytes(self) -> int: ...
+
+@final
+class NativePageStore:
+    def __new__(
+        cls,
+        store: NativePrefixStore,
+        scope: PrefixScope,
+        layers: list[tuple[StreamSetCodec, StreamSetCodec]],
+        n_sinks: int,
+        model: str,
+        weights: str,
+    ) -> NativePageStore: ...
+    @property
+    def n_numbers(self) -> tuple[int, int]: ...
+    def missing(self, pages: list[tuple[bytes, int]]) -> list[bool]: ...
+    def encode(
+        self, server_key: bytes, first_position: int, page: _Page, n_threads: int
+    ) -> EncodedPage: ...
+    def put(self, pages: list[EncodedPage]) -> None: ...
+    def load(self, server_key: bytes, first_position: int, out: _Page, n_threads: int) -> int | None: ...
+    def decode(self, page: EncodedPage, out: _Page, n_threads: int) -> None: ...
+    def touch(self, pages: list[tuple[bytes, int]]) -> None: ...
 
 @final
 class NativeLayer:

@@ -8,6 +8,7 @@ mod error;
 mod layer;
 mod moments;
 mod openmp;
+mod page;
 mod prefix;
 mod preset;
 mod tensor;
@@ -37,6 +38,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<container::Container>()?;
     module.add_class::<container::MappedBytes>()?;
     module.add_class::<moments::Moments>()?;
+    module.add_class::<page::EncodedPage>()?;
+    module.add_class::<page::NativePageStore>()?;
     module.add_class::<prefix::PrefixScope>()?;
     module.add_class::<prefix::NativePrefixStore>()?;
     module.add_class::<preset::Preset>()?;

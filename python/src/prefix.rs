@@ -15,7 +15,7 @@ use crate::error::{exception, to_python};
 
 /// What a prefix depends on beside its tokens.
 #[pyclass(frozen, module = "kvlathe._native")]
-pub(crate) struct PrefixScope(Scope);
+pub(crate) struct PrefixScope(pub(crate) Scope);
 
 #[pymethods]
 impl PrefixScope {
@@ -46,7 +46,7 @@ type Listed = (String, String, usize, bool, u64, f64);
 
 /// A store of chunks under a URL.
 #[pyclass(frozen, module = "kvlathe._native")]
-pub(crate) struct NativePrefixStore(PrefixStore);
+pub(crate) struct NativePrefixStore(pub(crate) PrefixStore);
 
 #[pymethods]
 impl NativePrefixStore {

@@ -129,6 +129,15 @@ impl PrefixStore {
         alive.runtime.block_on(alive.store.read(name))
     }
 
+    /// See [`crate::PrefixStore::page`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn page(&self, name: &ChunkName) -> Result<Option<Container>> {
+        let alive = self.alive()?;
+        alive.runtime.block_on(alive.store.page(name))
+    }
+
     /// See [`crate::PrefixStore::delete`].
     ///
     /// # Errors

@@ -50,6 +50,16 @@ impl ChunkName {
         let ours = family == FAMILY && is_hex(scope, 32) && is_hex(key, 64) && parsed.to_string() == name;
         ours.then_some(parsed)
     }
+
+    /// Why a container that lies there is none of this name; `None` if it is.
+    #[must_use]
+    pub fn mismatch(&self, found: &Container) -> Option<&'static str> {
+        let header = found.header();
+        if header.chunk_key != self.key {
+            return Some("it says that it is another chunk");
+        }
+        ((header.batch, header.n_tokens) != (1, self.end)).then_some("it holds other positions")
+    }
 }
 
 /// A chunk of a sequence whose tokens are known.
@@ -96,12 +106,10 @@ impl<'a> Chunk<'a> {
     /// Why a container that lies there is not this chunk; `None` if it is. Tokens are compared one by one.
     #[must_use]
     pub fn mismatch(&self, found: &Container) -> Option<&'static str> {
-        let header = found.header();
-        if header.chunk_key != self.key.to_string() {
-            return Some("it says that it is another chunk");
+        if let Some(what) = self.name(Part::Full).mismatch(found) {
+            return Some(what);
         }
-        let place = (header.batch, header.first_token_id, header.n_tokens);
-        if place != (1, self.start(), self.end()) {
+        if found.header().first_token_id != self.start() {
             return Some("it holds other positions");
         }
         if found.token_ids().as_deref() != Some(self.token_ids) {

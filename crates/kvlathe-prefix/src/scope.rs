@@ -83,6 +83,15 @@ impl Scope {
         blake3::Hash::from_bytes(self.root).to_hex()[..32].to_owned()
     }
 
+    /// The key of tokens that a server names by a key of its own, which depends on all tokens before them.
+    #[must_use]
+    pub fn page_key(&self, server_key: &[u8]) -> ChunkKey {
+        let mut hasher = blake3::Hasher::new_keyed(&self.secret);
+        hasher.update(&self.root);
+        hasher.update(server_key);
+        ChunkKey(hasher.finalize().into())
+    }
+
     /// The keys of all whole chunks of these tokens, oldest first.
     #[must_use]
     pub fn keys(&self, token_ids: &[u32]) -> Vec<ChunkKey> {

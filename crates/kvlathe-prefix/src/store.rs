@@ -270,11 +270,26 @@ impl PrefixStore {
         StoreError::Backend { url: self.url().to_owned(), verb, name: name.to_owned(), source }
     }
 
+    /// A server's page, if it is there and is what its name says. What is not is removed, so that it is saved anew.
+    ///
+    /// # Errors
+    /// A store that fails or is slow, an object that is damaged or something else.
+    pub async fn page(&self, name: &ChunkName) -> Result<Option<Container>> {
+        self.checked(name, |found| name.mismatch(found)).await
+    }
+
     /// A part of a chunk, if it is there and is what its name says. What is not is removed, so that it is saved anew.
     async fn chunk(&self, chunk: &Chunk<'_>, part: Part) -> Result<Option<Container>> {
-        let name = chunk.name(part);
-        let read = self.read(&name).await.and_then(|found| match found {
-            Some(container) => match chunk.mismatch(&container) {
+        self.checked(&chunk.name(part), |found| chunk.mismatch(found)).await
+    }
+
+    async fn checked(
+        &self,
+        name: &ChunkName,
+        mismatch: impl FnOnce(&Container) -> Option<&'static str>,
+    ) -> Result<Option<Container>> {
+        let read = self.read(name).await.and_then(|found| match found {
+            Some(container) => match mismatch(&container) {
                 Some(what) => Err(StoreError::Mismatch { name: name.to_string(), what }),
                 None => Ok(Some(container)),
             },
@@ -289,7 +304,7 @@ impl PrefixStore {
         };
         if is_broken {
             // Whoever may not remove it goes without it.
-            let _ = self.delete(&name).await;
+            let _ = self.delete(name).await;
         }
         read
     }

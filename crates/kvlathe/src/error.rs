@@ -24,6 +24,9 @@ pub enum Error {
     /// A store of prefixes.
     #[error(transparent)]
     Store(#[from] kvlathe_prefix::StoreError),
+    /// A server's page.
+    #[error(transparent)]
+    Page(#[from] kvlathe_prefix::PageError),
     /// A preset of the seed's kind where one with streams is needed.
     #[error(
         "the preset of {model} has no calibrated streams (a seed-style file), so {operation} cannot be done; calibrate one with `kvlathe tune`"

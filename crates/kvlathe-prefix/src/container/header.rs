@@ -1,6 +1,6 @@
 //! What a container says of itself: JSON, and what of it is possible.
 
-use kvlathe_codec::{BLOCK_LENS, Digest, MAX_HEAD_DIM, Side};
+use kvlathe_codec::{BLOCK_LENS, Digest, Element, MAX_HEAD_DIM, Side};
 use kvlathe_preset::{MAX_KV_HEADS, MAX_LAYERS};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -26,6 +26,15 @@ pub enum Dtype {
 }
 
 impl Dtype {
+    /// That of an element.
+    ///
+    /// # Errors
+    /// An element of another kind.
+    pub(crate) fn of<E: Element>() -> Result<Self> {
+        let named = serde_json::from_value(serde_json::Value::from(E::NAME));
+        named.map_err(|_| impossible(format!("exact tokens in {}", E::NAME)))
+    }
+
     /// Of a number.
     #[must_use]
     pub const fn n_bytes(self) -> usize {

@@ -93,6 +93,12 @@ impl Container {
         &self.header
     }
 
+    /// Bytes of the whole file.
+    #[must_use]
+    pub fn n_bytes(&self) -> usize {
+        self.file.len()
+    }
+
     /// The tokens' ids, row by row, if they were given.
     #[must_use]
     pub fn token_ids(&self) -> Option<Vec<u32>> {

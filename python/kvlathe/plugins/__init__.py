@@ -1,0 +1,1 @@
+"""Plug-ins of servers. Each is imported by its server alone."""

@@ -1,0 +1,344 @@
+"""The tier: vLLM's chunks, compressed, in a folder, an object store or Redis."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from queue import SimpleQueue
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.platforms import current_platform
+from vllm.v1.kv_offload.base import (
+    LookupResult,
+    Medium,
+    OffloadingSpec,
+    OffloadKey,
+    ReqContext,
+    RequestOffloadingContext,
+    ScheduleEndContext,
+)
+from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
+from vllm.v1.kv_offload.tiering.backpressure import BackpressureDetector
+from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+
+from ...errors import KvlatheError, ModelError, PresetError
+from ...preset import Preset
+from ..page_store import PageName, PageStore
+from .page_layout import PageLayout
+from .weights import weights_identity
+
+_LOG = logging.getLogger(__name__)
+
+# Chunks of a job that are coded before they go their way together.
+_N_AT_ONCE = 8
+
+# A chunk's place in the primary tier's memory.
+_Chunk = tuple[PageName, int]
+
+
+class CompressedTier(SecondaryTierManager):
+    """A secondary tier for ``TieringOffloadingSpec``: ``{"type": "CompressedTier", "module_path":
+    "kvlathe.plugins.vllm", "url": …, "preset": …}``.
+
+    Chunks belong to the preset, to the model's weights and dtype, to the sizes of chunks, to ``extra_key`` and to
+    ``tenant_secret``. vLLM's own keys name their tokens: hashes over all tokens of a request up to there, its images,
+    LoRA name and ``cache_salt``. A store that is slow or down is a miss, and told once.
+
+    Args:
+        offloading_spec, primary_kv_view, tier_type, backpressure_detector: what vLLM gives.
+        url: ``file:///folder``, ``s3://bucket/prefix``, ``gs://``, ``az://``, ``redis://host``.
+        preset: a preset of the model, a file.
+        weights: an identity of the model's weights; by default made from its files.
+        extra_key: what else keys and values depend on, such as weights of LoRAs.
+        tenant_secret: who does not have it finds nothing of what was saved with it.
+        timeout_s, max_bytes, max_age_s: as for `kvlathe.PrefixStore`.
+        n_threads: that code chunks, and as many that expand them.
+
+    Raises:
+        ModelError: a model, a layout of its cache or a way of splitting it that is not served.
+        PresetError, ShapeError: a preset of another model, chunks that are no whole number of its blocks.
+        PrefixStoreError: a URL that names no store, a folder that cannot be made.
+    """
+
+    medium: ClassVar[Medium] = Medium.STORAGE
+
+    def __init__(
+        self,
+        offloading_spec: OffloadingSpec,
+        primary_kv_view: memoryview,
+        tier_type: str,
+        url: str,
+        preset: str,
+        weights: str | None = None,
+        extra_key: str = "",
+        tenant_secret: str = "",
+        timeout_s: float = 5.0,
+        max_bytes: int | None = None,
+        max_age_s: float | None = None,
+        n_threads: int = 2,
+        backpressure_detector: BackpressureDetector | None = None,
+    ) -> None:
+        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        of_model = offloading_spec.config.model
+        calibrated = Preset.load(preset)
+        self._layout = page_layout(offloading_spec, calibrated)
+        self._store = PageStore(
+            url,
+            calibrated,
+            server=f"vLLM, {len(offloading_spec.config.groups[0].layer_names)} layers",
+            model=of_model.name,
+            weights=weights or weights_identity(of_model.name),
+            page_tokens=self._layout.page_tokens,
+            dtype=self._layout.dtype,
+            extra_key=extra_key,
+            tenant_secret=tenant_secret,
+            timeout_s=timeout_s,
+            max_bytes=max_bytes,
+            max_age_s=max_age_s,
+        )
+        self._chunks = torch.from_numpy(np.asarray(primary_kv_view)).view(torch.uint8)
+        self._told: set[str] = set()
+        # Whether the preset was seen to fit the model's numbers; None until there were some.
+        self._fits: bool | None = None
+        # Loads do not wait for stores.
+        self._pools = [
+            ThreadPoolExecutor(n_threads, thread_name_prefix=f"kvlathe-vllm-{kind}")
+            for kind in ("store", "load")
+        ]
+        self._going: set[Future[None]] = set()
+        self._finished: SimpleQueue[tuple[JobResult, list[OffloadKey]]] = SimpleQueue()
+        self._lookups = _Lookups(self, tier_type)
+        _LOG.info("%s for chunks of %d bytes: %s", self._store, self._layout.n_bytes, self._layout.describe())
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        return RequestOffloadingContext()
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        found = self._lookups.lookup(key, req_context)
+        if found is None:
+            return LookupResult.RETRY
+        return LookupResult.HIT if found else LookupResult.MISS
+
+    def submit_store(self, job_metadata: TransferJob) -> None:
+        self._submit(0, self._store_chunks, job_metadata)
+
+    def submit_load(self, job_metadata: TransferJob) -> None:
+        self._submit(1, self._load_chunks, job_metadata)
+
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        results = []
+        while not self._finished.empty():
+            result, failed = self._finished.get()
+            # A chunk that could not be read is computed, not asked for again and again.
+            self._lookups.mark_miss(failed)
+            results.append(result)
+        return results
+
+    def touch(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
+        pages = [self._page(key, req_context) for key in keys]
+        self._go(1, lambda: self._quietly(lambda: self._store.touch([page for page in pages if page])))
+
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        self._lookups.cleanup(req_context.req_id)
+
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        self._lookups.flush()
+
+    def drain_jobs(self) -> None:
+        wait(set(self._going))
+
+    def shutdown(self) -> None:
+        self._lookups.shutdown()
+        for pool in self._pools:
+            pool.shutdown(wait=True)
+        # The memory is vLLM's, which gives it back now.
+        self._chunks = self._chunks.new_empty(0)
+
+    def are_there(self, keys: list[OffloadKey], req_context: ReqContext) -> list[bool]:
+        """Which chunks can be loaded. Called on the thread of lookups."""
+        if self._fits is False:
+            return [False] * len(keys)
+        pages = [self._page(key, req_context) for key in keys]
+        asked = [page for page in pages if page is not None]
+        missing: list[bool] = []
+        if not self._quietly(lambda: missing.extend(self._store.missing(asked))):
+            return [False] * len(keys)
+        answers = dict(zip(asked, missing, strict=True))
+        return [page is not None and not answers[page] for page in pages]
+
+    def _page(self, key: OffloadKey, req_context: ReqContext) -> PageName | None:
+        """A chunk as the store names it, if its position is known."""
+        end = req_context.get_offload_key_position(key)
+        if end is None or end < self._layout.page_tokens:
+            return None
+        return bytes(key), end - self._layout.page_tokens
+
+    def _submit(
+        self, pool: int, work: Callable[[list[_Chunk]], tuple[int, int]], job: TransferJob
+    ) -> None:
+        keys = list(job.keys)
+        # Looked up here, as the request belongs to this thread.
+        pages = [self._page(key, job.req_context) for key in keys]
+        chunks = [
+            (page, int(chunk)) for page, chunk in zip(pages, job.chunk_ids, strict=True) if page is not None
+        ]
+
+        def run() -> None:
+            started, n_done, n_bytes = time.perf_counter(), 0, 0
+            try:
+                if len(chunks) < len(keys):
+                    raise ModelError("vLLM does not say where in its request a chunk is; a newer vLLM does")
+                n_done, n_bytes = work(chunks)
+            except KvlatheError as error:
+                self._tell(error)
+            except Exception as error:  # nothing may stop the scheduler's bookkeeping
+                self._tell(error)
+            done = n_done == len(keys)
+            took = time.perf_counter() - started
+            result = JobResult(
+                job.job_id,
+                success=done,
+                successful_keys=tuple(keys[:n_done]) if job.is_promotion and n_done and not done else None,
+                transfer_time=took,
+                transfer_bytes=n_bytes,
+            )
+            self._finished.put((result, keys[n_done:] if job.is_promotion else []))
+
+        self._go(pool, run)
+
+    def _go(self, pool: int, work: Callable[[], Any]) -> None:
+        future: Future[None] = self._pools[pool].submit(work)
+        self._going.add(future)
+        future.add_done_callback(self._going.discard)
+
+    def _store_chunks(self, chunks: list[_Chunk]) -> tuple[int, int]:
+        """How many chunks, from the first on, are stored now, and bytes that were written."""
+        n_bytes = 0
+        missing = self._store.missing([page for page, _ in chunks])
+        new = [chunk for chunk, is_missing in zip(chunks, missing, strict=True) if is_missing]
+        if new and self._fits is None:
+            self._check_fit(*new[0])
+        if self._fits is False:
+            return 0, 0
+        for at in range(0, len(new), _N_AT_ONCE):
+            coded = [self._store.encode(page, self._gather(at)) for page, at in new[at : at + _N_AT_ONCE]]
+            n_bytes += self._store.put(coded)
+        return len(chunks), n_bytes
+
+    def _load_chunks(self, chunks: list[_Chunk]) -> tuple[int, int]:
+        """How many chunks, from the first on, are in their places now, and bytes that were read."""
+        n_bytes = 0
+        numbers = torch.empty(self._layout.page_shape, dtype=self._layout.dtype)
+        for n_done, (page, at) in enumerate(chunks):
+            n_read = None
+            try:
+                n_read = self._store.load(page, numbers)
+            except KvlatheError as error:
+                self._tell(error)
+            if n_read is None:
+                return n_done, n_bytes
+            self._layout.scatter(numbers, self._chunks[at])
+            n_bytes += n_read
+        return len(chunks), n_bytes
+
+    def _gather(self, chunk: int) -> Tensor:
+        return self._layout.gather(self._chunks[chunk])
+
+    def _check_fit(self, page: PageName, chunk: int) -> None:
+        try:
+            self._store.check_order(page, self._gather(chunk))
+            self._fits = True
+        except PresetError as error:
+            self._fits = False
+            self._tell(error)
+
+    def _quietly(self, ask: Callable[[], Any]) -> bool:
+        """Whether the store answered; told once if not."""
+        try:
+            ask()
+        except KvlatheError as error:
+            self._tell(error)
+            return False
+        return True
+
+    def _tell(self, error: Exception) -> None:
+        kind = type(error).__name__ + str(error)[:40]
+        if kind not in self._told:
+            self._told.add(kind)
+            _LOG.warning("kvlathe: %s; vLLM goes on without it", error)
+
+
+class _Lookups(AsyncLookupManager):
+    """Asks the store on a thread of its own."""
+
+    def __init__(self, tier: CompressedTier, tier_type: str) -> None:
+        self._tier = tier
+        super().__init__(tier_type=tier_type)
+
+    def batch_lookup(self, keys: list[OffloadKey], req_context: ReqContext) -> Iterable[bool]:
+        return self._tier.are_there(keys, req_context)
+
+
+def page_layout(spec: OffloadingSpec, preset: Preset) -> PageLayout:
+    """How the chunks of a spec lie in memory, by its sizes and those of the preset.
+
+    Raises:
+        ModelError: a model or a way of splitting it that is not served.
+        PresetError: a preset of another model.
+    """
+    config = spec.config
+    parallel = config.parallel
+    if len(config.groups) != 1:
+        raise ModelError(
+            f"{config.model.name} has {len(config.groups)} groups of layers (sliding windows, recurrent layers); kvlathe's "
+            f"tier serves models whose layers are alike"
+        )
+    if parallel.pp_size * parallel.pcp_size * parallel.dcp_size != 1:
+        raise ModelError("kvlathe's tier serves tensor parallelism, not pipeline or context parallelism")
+    shapes = set(preset.layer_shapes)
+    n_layers = len(config.groups[0].layer_names)
+    shape = shapes.pop() if len(shapes) == 1 else None
+    if shape is None or n_layers != preset.n_layers:
+        raise PresetError(f"{preset!r} is none of {config.model.name}, which has {n_layers} layers alike")
+    n_heads, head_dim, _ = shape
+    # A canonical chunk holds all heads once, whoever wrote them.
+    n_workers = 1 if config.canonical_layout else parallel.tp_size
+    if n_heads % n_workers:
+        raise ModelError(
+            f"{n_heads} KV heads on {n_workers} workers: heads that several workers hold are not served"
+        )
+    dtype = getattr(torch, str(config.model.dtype).removeprefix("torch."), None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ModelError(
+            f"vLLM's cache holds {config.model.dtype}; kvlathe compresses float32, bfloat16 and float16: leave "
+            f"kv_cache_dtype at auto"
+        )
+    block_tokens = config.groups[0].tokens_per_block
+    slots = None
+    if current_platform.is_cpu():
+        from .cpu import kernel_slots
+
+        slots = kernel_slots(dtype, block_tokens, head_dim)
+    layout = PageLayout(
+        axes=config.kv_cache_layout or "LBHNC",
+        n_workers=n_workers,
+        n_layers=n_layers,
+        n_blocks=spec.blocks_per_chunk,
+        n_heads=n_heads // n_workers,
+        block_tokens=block_tokens,
+        head_dim=head_dim,
+        dtype=dtype,
+        slots=slots,
+    )
+    n_bytes = config.worker_kv_bytes_per_block * spec.blocks_per_chunk * parallel.tp_size
+    if layout.n_bytes != n_bytes:
+        raise PresetError(
+            f"{preset!r} is for chunks of {layout.n_bytes} bytes ({layout.describe()}), {config.model.name} has "
+            f"{n_bytes}; use a preset of this model"
+        )
+    return layout
