@@ -7,7 +7,6 @@ from .errors import KvlatheError
 
 __all__ = [
     "Container",
-    "EncodedPage",
     "LowRankCodec",
     "MappedBytes",
     "Moments",
@@ -151,13 +150,8 @@ class NativePrefixStore:
     def read(self, scope: str, key: str, end: int, is_window: bool) -> Container | None: ...
     def evict(self) -> tuple[int, int]: ...
 
-# Keys and values, [layers, heads, tokens, head_dim] contiguous.
-_Page = tuple[Tensor, Tensor]
-
-@final
-class EncodedPage:
-    @property
-    def n_bytes(self) -> int: ...
+# A server's key of a page, and the position of its first token.
+_PageName = tuple[bytes, int]
 
 @final
 class NativePageStore:
@@ -167,19 +161,20 @@ class NativePageStore:
         scope: PrefixScope,
         layers: list[tuple[StreamSetCodec, StreamSetCodec]],
         n_sinks: int,
+        sizes: tuple[int, int, int, int, int, int],
+        strides: tuple[int, int, int, int],
+        places: list[int],
+        dtype: str,
         model: str,
         weights: str,
     ) -> NativePageStore: ...
-    @property
-    def n_numbers(self) -> tuple[int, int]: ...
-    def missing(self, pages: list[tuple[bytes, int]]) -> list[bool]: ...
-    def encode(
-        self, server_key: bytes, first_position: int, page: _Page, n_threads: int
-    ) -> EncodedPage: ...
-    def put(self, pages: list[EncodedPage]) -> None: ...
-    def load(self, server_key: bytes, first_position: int, out: _Page, n_threads: int) -> int | None: ...
-    def decode(self, page: EncodedPage, out: _Page, n_threads: int) -> None: ...
-    def touch(self, pages: list[tuple[bytes, int]]) -> None: ...
+    def missing(self, pages: list[_PageName]) -> list[bool]: ...
+    def touch(self, pages: list[_PageName]) -> None: ...
+    def save(self, pages: list[_PageName], memory: Tensor, rows: list[int], n_threads: int) -> int: ...
+    def load(
+        self, pages: list[_PageName], memory: Tensor, rows: list[int], n_threads: int
+    ) -> list[tuple[int | None, KvlatheError | None]]: ...
+    def changed(self, page: _PageName, memory: Tensor, row: int) -> float: ...
 
 @final
 class NativeLayer:

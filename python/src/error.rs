@@ -25,6 +25,7 @@ pub(crate) fn to_python(error: impl Into<Error>) -> PyErr {
     let error = match error.into() {
         Error::Page(PageError::Cache(inner)) => Error::Cache(inner),
         Error::Page(PageError::Container(inner)) => Error::Container(inner),
+        Error::Page(PageError::Store(inner)) => Error::Store(inner),
         other => other,
     };
     let name = match &error {

@@ -38,7 +38,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<container::Container>()?;
     module.add_class::<container::MappedBytes>()?;
     module.add_class::<moments::Moments>()?;
-    module.add_class::<page::EncodedPage>()?;
     module.add_class::<page::NativePageStore>()?;
     module.add_class::<prefix::PrefixScope>()?;
     module.add_class::<prefix::NativePrefixStore>()?;

@@ -1,171 +1,179 @@
 //! Pages of servers as Python objects: coded, kept, found and expanded. All calls work without holding the interpreter.
 
-use kvlathe::cache::Bytes;
-use kvlathe::codec::Side;
-use kvlathe::prefix::container::Container;
-use kvlathe::prefix::{ChunkKey, ChunkName, PageCodec, PageOrigin, Part, Scope};
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use kvlathe::codec::Element;
+use kvlathe::prefix::page::{PageCodec, PageMemory, PageName, PageSizes, PageStore};
 use pyo3::prelude::*;
 
 use crate::codec::StreamSetCodec;
 use crate::error::{exception, to_python};
 use crate::prefix::{NativePrefixStore, PrefixScope};
-use crate::tensor::{RawTensor, with_element};
-
-/// Keys and values of a page, `[numbers]` each.
-type PageGiven<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>);
+use crate::tensor::{Dtype, RawTensor, with_element};
 
 /// Codecs of a layer's keys and values.
 type LayerGiven<'py> = (Bound<'py, StreamSetCodec>, Bound<'py, StreamSetCodec>);
 
+/// The server's key of a page, and the position of its first token.
+type NameGiven = (Vec<u8>, usize);
+
+fn names(pages: Vec<NameGiven>) -> Vec<PageName> {
+    pages.into_iter().map(|(key, first_position)| PageName { key, first_position }).collect()
+}
+
 /// A server's pages in a store, of one model, preset and tenant.
 #[pyclass(frozen, module = "kvlathe._native")]
 pub(crate) struct NativePageStore {
-    store: Py<NativePrefixStore>,
-    scope: Scope,
-    codec: PageCodec,
-    model: String,
-    weights: String,
-}
-
-impl NativePageStore {
-    fn key(&self, server_key: &[u8]) -> ChunkKey {
-        self.scope.page_key(server_key)
-    }
-
-    fn name(&self, server_key: &[u8], first_position: usize) -> ChunkName {
-        let end = first_position.saturating_add(self.codec.n_tokens());
-        ChunkName { scope: self.scope.name(), key: self.key(server_key).to_string(), end, part: Part::Full }
-    }
+    pages: PageStore,
+    dtype: Dtype,
 }
 
 #[pymethods]
 impl NativePageStore {
+    /// `sizes` are layers, workers, a worker's heads, blocks, their tokens, head_dim; `strides` those of layers, workers,
+    /// heads and blocks; `places` are `[2, block_tokens, head_dim]` of a head's block.
     #[new]
+    #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
     fn new(
-        store: Py<NativePrefixStore>,
+        store: &NativePrefixStore,
         scope: &PrefixScope,
         layers: Vec<LayerGiven<'_>>,
         n_sinks: usize,
+        sizes: [usize; 6],
+        strides: [usize; 4],
+        places: Vec<usize>,
+        dtype: &str,
         model: String,
         weights: String,
     ) -> PyResult<Self> {
         let sets = layers.iter().map(|(key, value)| [key, value].map(|set| set.get().0.clone())).collect();
-        let codec = PageCodec::new(sets, n_sinks, scope.0.chunk_len()).map_err(to_python)?;
-        Ok(Self { store, scope: scope.0.clone(), codec, model, weights })
+        let [n_layers, n_workers, n_heads, n_blocks, block_tokens, head_dim] = sizes;
+        let sizes = PageSizes { n_layers, n_workers, n_heads, n_blocks, block_tokens, head_dim };
+        let codec = PageCodec::new(sets, n_sinks, sizes.n_tokens()).map_err(to_python)?;
+        let memory = PageMemory::new(sizes, strides, places).map_err(to_python)?;
+        let (store, scope) = (Arc::clone(&store.0), scope.0.clone());
+        let pages = PageStore::new(store, scope, codec, memory, (model, weights)).map_err(to_python)?;
+        Ok(Self { pages, dtype: Dtype::from_name(dtype)? })
     }
 
-    /// Numbers of a page's keys and of its values.
-    #[getter]
-    fn n_numbers(&self) -> (usize, usize) {
-        (self.codec.n_numbers(Side::Key), self.codec.n_numbers(Side::Value))
-    }
-
-    /// Which of these pages, by the server's keys and the positions of their first tokens, are not kept.
-    fn missing(&self, py: Python<'_>, pages: Vec<(Vec<u8>, usize)>) -> PyResult<Vec<bool>> {
-        let names: Vec<ChunkName> = pages.iter().map(|(key, first)| self.name(key, *first)).collect();
-        py.detach(|| self.store.get().0.missing(&names)).map_err(to_python)
-    }
-
-    /// A page's container: keys and values `[layers, heads, tokens, head_dim]`, contiguous.
-    fn encode(
-        &self,
-        py: Python<'_>,
-        server_key: Vec<u8>,
-        first_position: usize,
-        page: PageGiven<'_>,
-        n_threads: usize,
-    ) -> PyResult<EncodedPage> {
-        let [keys, values] = tensors(&page)?;
-        let name = self.name(&server_key, first_position);
-        let origin = PageOrigin { chunk_key: &name.key, model: &self.model, weights: &self.weights };
-        let bytes = with_element!(keys.dtype()?, E => {
-            // SAFETY: `tensors` has checked that both have one dtype, and it is E; they are arguments of this call, and only
-            // read.
-            let page = unsafe { [keys.contiguous::<E>("keys")?, values.contiguous::<E>("values")?] };
-            py.detach(|| self.codec.encode(page, first_position, origin, n_threads))
-        });
-        Ok(EncodedPage { name, bytes: bytes.map_err(to_python)? })
-    }
-
-    /// Keeps pages, several at a time.
-    fn put(&self, py: Python<'_>, pages: Vec<Py<EncodedPage>>) -> PyResult<()> {
-        let objects = pages.iter().map(|page| (page.get().name.clone(), page.get().bytes.clone())).collect();
-        py.detach(|| self.store.get().0.put(objects)).map_err(to_python)
-    }
-
-    /// Writes a page that is kept to keys and values, `[layers, heads, tokens, head_dim]` contiguous. Bytes that were read;
-    /// None if it is not there.
-    fn load(
-        &self,
-        py: Python<'_>,
-        server_key: Vec<u8>,
-        first_position: usize,
-        out: PageGiven<'_>,
-        n_threads: usize,
-    ) -> PyResult<Option<usize>> {
-        let name = self.name(&server_key, first_position);
-        let found = py.detach(|| self.store.get().0.page(&name)).map_err(to_python)?;
-        let Some(page) = found else { return Ok(None) };
-        self.expand(py, &page, &out, n_threads)?;
-        Ok(Some(page.n_bytes()))
-    }
-
-    /// As `load`, of a page that was encoded just now.
-    fn decode(
-        &self,
-        py: Python<'_>,
-        page: &EncodedPage,
-        out: PageGiven<'_>,
-        n_threads: usize,
-    ) -> PyResult<()> {
-        let page = Container::from_bytes(page.bytes.clone()).map_err(to_python)?;
-        self.expand(py, &page, &out, n_threads)
+    /// Which of these pages are not kept.
+    fn missing(&self, py: Python<'_>, pages: Vec<NameGiven>) -> PyResult<Vec<bool>> {
+        let pages = names(pages);
+        py.detach(|| self.pages.missing(&pages)).map_err(to_python)
     }
 
     /// Notes that these pages were used, where eviction goes by that.
-    fn touch(&self, py: Python<'_>, pages: Vec<(Vec<u8>, usize)>) -> PyResult<()> {
-        let names: Vec<ChunkName> = pages.iter().map(|(key, first)| self.name(key, *first)).collect();
-        py.detach(|| self.store.get().0.touch(&names)).map_err(to_python)
+    fn touch(&self, py: Python<'_>, pages: Vec<NameGiven>) -> PyResult<()> {
+        let pages = names(pages);
+        py.detach(|| self.pages.touch(&pages)).map_err(to_python)
     }
-}
 
-impl NativePageStore {
-    fn expand(
+    /// Codes pages that lie in rows of `memory`, uint8 `[rows, bytes]`, and keeps them. Bytes that were written.
+    fn save(
         &self,
         py: Python<'_>,
-        page: &Container,
-        out: &PageGiven<'_>,
+        pages: Vec<NameGiven>,
+        memory: &Bound<'_, PyAny>,
+        rows: Vec<usize>,
         n_threads: usize,
-    ) -> PyResult<()> {
-        let [keys, values] = tensors(out)?;
-        with_element!(keys.dtype()?, E => {
-            // SAFETY: as in `encode`; the caller made both tensors to be written, and nobody else has them.
-            let out = unsafe { [keys.slice_mut::<E>("keys")?, values.slice_mut::<E>("values")?] };
-            py.detach(|| self.codec.decode(page, out, n_threads))
+    ) -> PyResult<u64> {
+        let memory = Rows::new(memory, &rows, pages.len())?;
+        let pages = names(pages);
+        with_element!(self.dtype, E => {
+            // SAFETY: the caller lets nobody write to these rows meanwhile.
+            let rows = rows.iter().map(|&row| unsafe { memory.row::<E>(row) }).collect::<PyResult<Vec<_>>>()?;
+            py.detach(|| self.pages.save(pages.into_iter().zip(rows).collect(), n_threads))
+        })
+        .map_err(to_python)
+    }
+
+    /// Writes pages that are kept to rows of `memory`. Of each: bytes that were read, None if it is not there, or an error.
+    fn load(
+        &self,
+        py: Python<'_>,
+        pages: Vec<NameGiven>,
+        memory: &Bound<'_, PyAny>,
+        rows: Vec<usize>,
+        n_threads: usize,
+    ) -> PyResult<Vec<(Option<usize>, Option<PyErr>)>> {
+        let memory = Rows::new(memory, &rows, pages.len())?;
+        let pages = names(pages);
+        let loaded = with_element!(self.dtype, E => {
+            // SAFETY: the rows are distinct, and the caller lets nobody read or write them meanwhile.
+            let rows = rows.iter().map(|&row| unsafe { memory.row_mut::<E>(row) }).collect::<PyResult<Vec<_>>>()?;
+            py.detach(|| self.pages.load(pages.into_iter().zip(rows).collect(), n_threads))
+        });
+        Ok(loaded
+            .into_iter()
+            .map(|one| one.map_or_else(|error| (None, Some(to_python(error))), |n| (n, None)))
+            .collect())
+    }
+
+    /// The share of a page's energy that coding changes.
+    fn changed(
+        &self,
+        py: Python<'_>,
+        page: NameGiven,
+        memory: &Bound<'_, PyAny>,
+        row: usize,
+    ) -> PyResult<f64> {
+        let memory = Rows::new(memory, &[row], 1)?;
+        let (key, first_position) = page;
+        let page = PageName { key, first_position };
+        with_element!(self.dtype, E => {
+            // SAFETY: as in `save`.
+            let row = unsafe { memory.row::<E>(row) }?;
+            py.detach(|| self.pages.changed(&page, row))
         })
         .map_err(to_python)
     }
 }
 
-fn tensors<'py>((keys, values): &PageGiven<'py>) -> PyResult<[RawTensor<'py>; 2]> {
-    let [keys, values] = [RawTensor::new(keys, "keys", 4)?, RawTensor::new(values, "values", 4)?];
-    if keys.dtype()? != values.dtype()? {
-        return Err(exception("DtypeError", "keys and values of a page have different dtypes".to_owned()));
+/// A server's memory, uint8 `[rows, bytes]`, of which some rows are ours for a while.
+struct Rows {
+    address: usize,
+    n_bytes: usize,
+}
+
+impl Rows {
+    fn new(memory: &Bound<'_, PyAny>, rows: &[usize], n_pages: usize) -> PyResult<Self> {
+        let raw = RawTensor::new(memory, "the server's memory", 2)?;
+        raw.expect_dtype("the server's memory", "uint8")?;
+        let (n_rows, n_bytes) = (raw.shape[0], raw.shape[1]);
+        let distinct: HashSet<usize> = rows.iter().copied().collect();
+        if rows.len() != n_pages || distinct.len() != n_pages || rows.iter().any(|&row| row >= n_rows) {
+            let message =
+                format!("rows {rows:?} for {n_pages} pages, expected as many different ones below {n_rows}");
+            return Err(exception("ShapeError", message));
+        }
+        raw.check_contiguous("the server's memory")?;
+        Ok(Self { address: raw.address(), n_bytes })
     }
-    Ok([keys, values])
-}
 
-/// A page as it is kept.
-#[pyclass(frozen, module = "kvlathe._native")]
-pub(crate) struct EncodedPage {
-    name: ChunkName,
-    bytes: Bytes,
-}
+    fn start<E>(&self, row: usize) -> PyResult<(usize, usize)> {
+        let start = self.address + row * self.n_bytes;
+        if !start.is_multiple_of(align_of::<E>()) {
+            let message = "rows of the server's memory do not begin at multiples of their numbers' size";
+            return Err(exception("ShapeError", message.to_owned()));
+        }
+        Ok((start, self.n_bytes / size_of::<E>()))
+    }
 
-#[pymethods]
-impl EncodedPage {
-    #[getter]
-    fn n_bytes(&self) -> usize {
-        self.bytes.len()
+    /// # Safety
+    /// The tensor lives, and nobody writes to the row, while the slice is used.
+    unsafe fn row<'a, E: Element>(&self, row: usize) -> PyResult<&'a [E]> {
+        let (start, n) = self.start::<E>(row)?;
+        // SAFETY: `new` has checked that the row lies in the tensor, `start` that it is aligned; every pattern of bits is an
+        // element; the rest is the caller's promise.
+        Ok(unsafe { std::slice::from_raw_parts(start as *const E, n) })
+    }
+
+    /// # Safety
+    /// The tensor lives, and nobody else uses the row, while the slice is used.
+    unsafe fn row_mut<'a, E: Element>(&self, row: usize) -> PyResult<&'a mut [E]> {
+        let (start, n) = self.start::<E>(row)?;
+        // SAFETY: as in `row`.
+        Ok(unsafe { std::slice::from_raw_parts_mut(start as *mut E, n) })
     }
 }

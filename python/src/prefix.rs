@@ -1,5 +1,6 @@
 //! Stores of prefixes as Python objects. All calls wait without holding the interpreter.
 
+use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use kvlathe::cache::Bytes;
@@ -46,7 +47,7 @@ type Listed = (String, String, usize, bool, u64, f64);
 
 /// A store of chunks under a URL.
 #[pyclass(frozen, module = "kvlathe._native")]
-pub(crate) struct NativePrefixStore(pub(crate) PrefixStore);
+pub(crate) struct NativePrefixStore(pub(crate) Arc<PrefixStore>);
 
 #[pymethods]
 impl NativePrefixStore {
@@ -65,7 +66,8 @@ impl NativePrefixStore {
         };
         let max_age = max_age_s.map(|given| seconds("max_age_s", given)).transpose()?;
         let options = Options { timeout: seconds("timeout_s", timeout_s)?, max_bytes, max_age };
-        py.detach(|| PrefixStore::open(url, options)).map(Self).map_err(to_python)
+        let store = py.detach(|| PrefixStore::open(url, options)).map_err(to_python)?;
+        Ok(Self(Arc::new(store)))
     }
 
     /// Without credentials.

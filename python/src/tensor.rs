@@ -171,7 +171,7 @@ impl<'py> RawTensor<'py> {
         unsafe { self.slice(what) }
     }
 
-    fn check_contiguous(&self, what: &str) -> PyResult<()> {
+    pub(crate) fn check_contiguous(&self, what: &str) -> PyResult<()> {
         if self.is_contiguous() {
             return Ok(());
         }

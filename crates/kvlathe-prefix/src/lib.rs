@@ -5,7 +5,7 @@
 //! | [`container`] | a cache, or a part of one, as one file, `docs/container_format.md`; attention reads its blocks where it is mapped |
 //! | [`scope`] | what a prefix depends on beside its tokens, and the keys of its chunks |
 //! | [`chunk`] | a chunk of a prefix: its name, and whether what lies there is it |
-//! | [`page`] | some tokens of all layers as a server moves them, coded as a container |
+//! | [`page`] | tokens of all layers as a server moves them, coded as containers |
 //! | [`backend`] | where chunks are kept: a folder, memory, object stores, Redis |
 //! | [`store`] | the longest stored prefix of a sequence; [`blocking`] is its door without `async` |
 //!
@@ -25,6 +25,6 @@ pub mod store;
 
 pub use chunk::{Chunk, ChunkName, Part};
 pub use error::StoreError;
-pub use page::{PageCodec, PageError, PageOrigin};
+pub use page::{PageError, PageStore};
 pub use scope::{ChunkKey, Dependencies, Scope};
 pub use store::PrefixStore;

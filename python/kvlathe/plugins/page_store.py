@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from typing import cast
 
-import torch
 from torch import Tensor
 
-from .._native import EncodedPage, NativePageStore, NativePrefixStore, PrefixScope, StreamSetCodec
-from ..errors import PresetError, ShapeError
+from .._native import NativePageStore, NativePrefixStore, PrefixScope, StreamSetCodec
+from ..errors import KvlatheError, PresetError, ShapeError
 from ..preset import Preset
+from .page_layout import PageLayout
 
 # A page as its server names it: its key, and the position of its first token.
 PageName = tuple[bytes, int]
@@ -31,59 +30,67 @@ class PageStore:
 
     Args:
         url: as for `PrefixStore`.
-        preset: packs the blocks, or a file of one.
+        preset: packs the blocks.
+        layout: where the numbers of a page lie.
         server: name of the server, and what else the contents of its pages depend on; other servers' are not found.
         model: its name, for people.
         weights: identity of the model's weights.
-        page_tokens: tokens of a page, a whole number of the preset's blocks.
-        dtype: of its numbers.
         extra_key, tenant_secret, timeout_s, max_bytes, max_age_s: as for `PrefixStore`.
-        n_threads: that code one page.
-
-    Attributes:
-        page_shape: keys and values of a page: [2, layers, KV heads, tokens, head_dim].
+        n_threads: that code or expand pages of one call.
 
     Raises:
-        PresetError: a preset that does not code every layer, or layers unlike each other.
-        PrefixStoreError, ShapeError: as for `PrefixStore`.
+        PresetError: a preset that does not code every layer, or of layers unlike the layout's.
+        ShapeError: pages that are no whole number of blocks.
+        PrefixStoreError: a URL that names no store, a folder that cannot be made.
     """
 
     def __init__(
         self,
         url: str,
-        preset: Preset | str | os.PathLike[str],
+        preset: Preset,
+        layout: PageLayout,
         *,
         server: str,
         model: str,
         weights: str,
-        page_tokens: int,
-        dtype: torch.dtype,
         extra_key: str = "",
         tenant_secret: str = "",
         timeout_s: float = 5.0,
         max_bytes: int | None = None,
         max_age_s: float | None = None,
-        n_threads: int = 1,
+        n_threads: int = 2,
     ) -> None:
-        self.preset = preset if isinstance(preset, Preset) else Preset.load(preset)
-        n_layers, n_heads, head_dim = _uniform(self.preset)
-        block_len = self.preset.block_len
-        if page_tokens <= 0 or page_tokens % block_len:
-            raise ShapeError(
-                f"pages of {page_tokens} tokens, expected a multiple of the preset's blocks of {block_len} tokens; set "
-                f"the server's chunks to such a number"
+        expected = (layout.n_layers, layout.n_workers * layout.n_heads, layout.head_dim)
+        if page_sizes(preset) != expected:
+            raise PresetError(
+                f"{preset!r} is for layers, KV heads and head_dim of {page_sizes(preset)}, {model} has {expected}; use a "
+                f"preset of this model"
             )
-        self.page_shape = (2, n_layers, n_heads, page_tokens, head_dim)
-        self.dtype = dtype
+        block_len, page_tokens = preset.block_len, layout.n_tokens
+        if page_tokens % block_len:
+            raise ShapeError(
+                f"pages of {page_tokens} tokens, expected a multiple of the preset's blocks of {block_len} tokens; let "
+                f"the server move so many together"
+            )
+        self.preset, self.layout = preset, layout
         self._n_threads = n_threads
         self._has_limits = max_bytes is not None or max_age_s is not None
         self._evict_at = time.monotonic() + _EVICTION_INTERVAL_S
         self._store = NativePrefixStore(url, timeout_s, max_bytes, max_age_s)
-        assert self.preset.digest is not None
-        extra = json.dumps({"server": server, "dtype": str(dtype), "extra_key": extra_key}).encode()
-        scope = PrefixScope(self.preset.digest, weights, extra, page_tokens, tenant_secret.encode())
-        codecs = [_codecs(self.preset, layer) for layer in range(n_layers)]
-        self._pages = NativePageStore(self._store, scope, codecs, self.preset.n_sinks, model, weights)
+        assert preset.digest is not None
+        extra = json.dumps({"server": server, "dtype": str(layout.dtype), "extra_key": extra_key}).encode()
+        self._pages = NativePageStore(
+            self._store,
+            PrefixScope(preset.digest, weights, extra, page_tokens, tenant_secret.encode()),
+            [_codecs(preset, layer) for layer in range(layout.n_layers)],
+            preset.n_sinks,
+            layout.sizes,
+            layout.strides,
+            layout.places,
+            str(layout.dtype),
+            model,
+            weights,
+        )
 
     @property
     def url(self) -> str:
@@ -98,62 +105,57 @@ class PageStore:
         """
         return self._pages.missing(list(pages))
 
-    def encode(self, page: PageName, numbers: Tensor) -> EncodedPage:
-        """Code a page.
-
-        Args:
-            page: its name.
-            numbers: of the shape `page_shape`, contiguous, keys rotated at their positions.
-
-        Raises:
-            NonFiniteError: numbers that are not finite.
-            ShapeError: another shape, a position inside of a block.
-        """
-        key, first_position = page
-        return self._pages.encode(key, first_position, self._sides(numbers), self._n_threads)
-
-    def check_order(self, page: PageName, numbers: Tensor) -> None:
+    def check_fit(self, page: PageName, memory: Tensor, row: int) -> None:
         """Refuse numbers that the preset cannot be meant for: in another order than it takes them, or of another model.
 
+        Args:
+            page, memory, row: one page as for `save`.
+
         Raises:
-            PresetError: coding changes them by half or more.
+            PresetError: coding changes half of their energy or more.
         """
-        again = torch.empty_like(numbers)
-        self._pages.decode(self.encode(page, numbers), self._sides(again), self._n_threads)
-        exact = numbers.float()
-        changed = float(((again.float() - exact) ** 2).sum() / (exact**2).sum())
+        changed = self._pages.changed(page, memory, row)
         if not changed < _MOST_CHANGED:
             raise PresetError(
-                f"the preset {self.preset!r} does not fit this model's keys and values: coding changes {changed:.0%} of "
-                f"their energy; calibrate one for this model with `kvlathe tune`"
+                f"{self.preset!r} does not fit this model's keys and values: coding changes {changed:.0%} of their "
+                f"energy; calibrate a preset for this model with `kvlathe tune`"
             )
 
-    def put(self, pages: Sequence[EncodedPage]) -> int:
-        """Keep coded pages; what the limits do not allow goes, now and then.
+    def save(self, pages: Sequence[PageName], memory: Tensor, rows: Sequence[int]) -> int:
+        """Code pages and keep them; what the limits do not allow goes, now and then.
+
+        Args:
+            pages: their names.
+            memory: the server's, uint8 [rows, bytes]; a page lies at the beginning of a row.
+            rows: of the pages, all different.
 
         Returns:
             Bytes written.
 
         Raises:
-            PrefixStoreError: the store fails or is slow.
+            NonFiniteError: numbers that are not finite.
+            ShapeError: positions inside of a block.
+            PrefixStoreError: the store fails or is slow; what was kept before stays.
         """
-        self._pages.put(list(pages))
+        n_bytes = self._pages.save(list(pages), memory, list(rows), self._n_threads)
         if self._has_limits and time.monotonic() >= self._evict_at:
             self._evict_at = time.monotonic() + _EVICTION_INTERVAL_S
             self._store.evict()
-        return sum(page.n_bytes for page in pages)
+        return n_bytes
 
-    def load(self, page: PageName, numbers: Tensor) -> int | None:
-        """Expand a page into ``numbers``, of the shape `page_shape`.
+    def load(
+        self, pages: Sequence[PageName], memory: Tensor, rows: Sequence[int]
+    ) -> list[tuple[int | None, KvlatheError | None]]:
+        """Expand pages into the server's memory.
+
+        Args:
+            pages, memory, rows: as for `save`.
 
         Returns:
-            Bytes read; None if it is not there.
-
-        Raises:
-            PrefixStoreError: the store fails or is slow, or what lies there is damaged; it is removed then.
+            Of each page: bytes read, None if it is not there; and what went wrong, if something did. A damaged page is
+            removed from the store.
         """
-        key, first_position = page
-        return self._pages.load(key, first_position, self._sides(numbers), self._n_threads)
+        return self._pages.load(list(pages), memory, list(rows), self._n_threads)
 
     def touch(self, pages: Sequence[PageName]) -> None:
         """Note that pages were used, where eviction goes by that.
@@ -164,18 +166,11 @@ class PageStore:
         self._pages.touch(list(pages))
 
     def __repr__(self) -> str:
-        return f"PageStore({self.url!r}, {self.preset!r}, pages of {self.page_shape[3]} tokens)"
-
-    def _sides(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        if tuple(numbers.shape) != self.page_shape or numbers.dtype != self.dtype:
-            raise ShapeError(
-                f"a page is {numbers.dtype} {list(numbers.shape)}, expected {self.dtype} {list(self.page_shape)}"
-            )
-        return numbers[0], numbers[1]
+        return f"PageStore({self.url!r}, {self.preset!r}, pages of {self.layout.n_tokens} tokens)"
 
 
-def _uniform(preset: Preset) -> tuple[int, int, int]:
-    """Layers, KV heads and head_dim.
+def page_sizes(preset: Preset) -> tuple[int, int, int]:
+    """Layers, KV heads and head_dim of what a preset codes.
 
     Raises:
         PresetError: layers that have none, or others than the first.

@@ -110,8 +110,8 @@ class CopyingWorker(OffloadingWorker):
         return True
 
 
-def kernel_slots(dtype: torch.dtype, block_tokens: int, head_dim: int) -> Tensor:
-    """Where vLLM's kernel on this CPU puts a head's keys and values within a block: [2, block_tokens, head_dim] int64.
+def kernel_slots(dtype: torch.dtype, block_tokens: int, head_dim: int) -> list[int]:
+    """Where vLLM's kernel on this CPU puts a head's keys and values within a block: [2, block_tokens, head_dim] flat.
     Found by having it write numbers that say where they come from.
 
     Raises:
@@ -130,11 +130,9 @@ def kernel_slots(dtype: torch.dtype, block_tokens: int, head_dim: int) -> Tensor
             digits[0].contiguous(), digits[1].contiguous(), keys, values, torch.arange(block_tokens), isa
         )
         found += block.flatten().long() * place
-    slots = torch.empty_like(found)
     if not torch.equal(found.sort().values, source):
         raise ModelError(
             f"vLLM's {isa} kernel does not keep {dtype} keys and values of {head_dim} components as they are; use another "
             f"kv_cache_dtype"
         )
-    slots[found] = source
-    return slots.view(2, block_tokens, head_dim)
+    return found.argsort().tolist()

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 from vllm.platforms import current_platform
 from vllm.v1.kv_offload.base import (
     LookupResult,
@@ -28,16 +27,13 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 
 from ...errors import KvlatheError, ModelError, PresetError
 from ...preset import Preset
-from ..page_store import PageName, PageStore
-from .page_layout import PageLayout
+from ..page_layout import PageLayout
+from ..page_store import PageName, PageStore, page_sizes
 from .weights import weights_identity
 
 _LOG = logging.getLogger(__name__)
 
-# Chunks of a job that are coded before they go their way together.
-_N_AT_ONCE = 8
-
-# A chunk's place in the primary tier's memory.
+# A chunk and its row in the primary tier's memory.
 _Chunk = tuple[PageName, int]
 
 
@@ -90,16 +86,16 @@ class CompressedTier(SecondaryTierManager):
         self._store = PageStore(
             url,
             calibrated,
-            server=f"vLLM, {len(offloading_spec.config.groups[0].layer_names)} layers",
+            self._layout,
+            server="vLLM",
             model=of_model.name,
             weights=weights or weights_identity(of_model.name),
-            page_tokens=self._layout.page_tokens,
-            dtype=self._layout.dtype,
             extra_key=extra_key,
             tenant_secret=tenant_secret,
             timeout_s=timeout_s,
             max_bytes=max_bytes,
             max_age_s=max_age_s,
+            n_threads=n_threads,
         )
         self._chunks = torch.from_numpy(np.asarray(primary_kv_view)).view(torch.uint8)
         self._told: set[str] = set()
@@ -107,13 +103,12 @@ class CompressedTier(SecondaryTierManager):
         self._fits: bool | None = None
         # Loads do not wait for stores.
         self._pools = [
-            ThreadPoolExecutor(n_threads, thread_name_prefix=f"kvlathe-vllm-{kind}")
-            for kind in ("store", "load")
+            ThreadPoolExecutor(1, thread_name_prefix=f"kvlathe-vllm-{kind}") for kind in ("store", "load")
         ]
         self._going: set[Future[None]] = set()
         self._finished: SimpleQueue[tuple[JobResult, list[OffloadKey]]] = SimpleQueue()
         self._lookups = _Lookups(self, tier_type)
-        _LOG.info("%s for chunks of %d bytes: %s", self._store, self._layout.n_bytes, self._layout.describe())
+        _LOG.info("%r: %s", self._store, self._layout)
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         return RequestOffloadingContext()
@@ -174,9 +169,9 @@ class CompressedTier(SecondaryTierManager):
     def _page(self, key: OffloadKey, req_context: ReqContext) -> PageName | None:
         """A chunk as the store names it, if its position is known."""
         end = req_context.get_offload_key_position(key)
-        if end is None or end < self._layout.page_tokens:
+        if end is None or end < self._layout.n_tokens:
             return None
-        return bytes(key), end - self._layout.page_tokens
+        return bytes(key), end - self._layout.n_tokens
 
     def _submit(
         self, pool: int, work: Callable[[list[_Chunk]], tuple[int, int]], job: TransferJob
@@ -218,40 +213,30 @@ class CompressedTier(SecondaryTierManager):
 
     def _store_chunks(self, chunks: list[_Chunk]) -> tuple[int, int]:
         """How many chunks, from the first on, are stored now, and bytes that were written."""
-        n_bytes = 0
         missing = self._store.missing([page for page, _ in chunks])
         new = [chunk for chunk, is_missing in zip(chunks, missing, strict=True) if is_missing]
         if new and self._fits is None:
             self._check_fit(*new[0])
         if self._fits is False:
             return 0, 0
-        for at in range(0, len(new), _N_AT_ONCE):
-            coded = [self._store.encode(page, self._gather(at)) for page, at in new[at : at + _N_AT_ONCE]]
-            n_bytes += self._store.put(coded)
-        return len(chunks), n_bytes
+        pages, rows = [page for page, _ in new], [row for _, row in new]
+        return len(chunks), self._store.save(pages, self._chunks, rows)
 
     def _load_chunks(self, chunks: list[_Chunk]) -> tuple[int, int]:
         """How many chunks, from the first on, are in their places now, and bytes that were read."""
-        n_bytes = 0
-        numbers = torch.empty(self._layout.page_shape, dtype=self._layout.dtype)
-        for n_done, (page, at) in enumerate(chunks):
-            n_read = None
-            try:
-                n_read = self._store.load(page, numbers)
-            except KvlatheError as error:
+        pages, rows = [page for page, _ in chunks], [row for _, row in chunks]
+        n_done = n_bytes = 0
+        for n_read, error in self._store.load(pages, self._chunks, rows):
+            if error is not None:
                 self._tell(error)
             if n_read is None:
-                return n_done, n_bytes
-            self._layout.scatter(numbers, self._chunks[at])
-            n_bytes += n_read
-        return len(chunks), n_bytes
+                break
+            n_done, n_bytes = n_done + 1, n_bytes + n_read
+        return n_done, n_bytes
 
-    def _gather(self, chunk: int) -> Tensor:
-        return self._layout.gather(self._chunks[chunk])
-
-    def _check_fit(self, page: PageName, chunk: int) -> None:
+    def _check_fit(self, page: PageName, row: int) -> None:
         try:
-            self._store.check_order(page, self._gather(chunk))
+            self._store.check_fit(page, self._chunks, row)
             self._fits = True
         except PresetError as error:
             self._fits = False
@@ -300,12 +285,7 @@ def page_layout(spec: OffloadingSpec, preset: Preset) -> PageLayout:
         )
     if parallel.pp_size * parallel.pcp_size * parallel.dcp_size != 1:
         raise ModelError("kvlathe's tier serves tensor parallelism, not pipeline or context parallelism")
-    shapes = set(preset.layer_shapes)
-    n_layers = len(config.groups[0].layer_names)
-    shape = shapes.pop() if len(shapes) == 1 else None
-    if shape is None or n_layers != preset.n_layers:
-        raise PresetError(f"{preset!r} is none of {config.model.name}, which has {n_layers} layers alike")
-    n_heads, head_dim, _ = shape
+    n_layers, n_heads, head_dim = page_sizes(preset)
     # A canonical chunk holds all heads once, whoever wrote them.
     n_workers = 1 if config.canonical_layout else parallel.tp_size
     if n_heads % n_workers:
@@ -326,10 +306,10 @@ def page_layout(spec: OffloadingSpec, preset: Preset) -> PageLayout:
         slots = kernel_slots(dtype, block_tokens, head_dim)
     layout = PageLayout(
         axes=config.kv_cache_layout or "LBHNC",
+        n_layers=len(config.groups[0].layer_names),
         n_workers=n_workers,
-        n_layers=n_layers,
-        n_blocks=spec.blocks_per_chunk,
         n_heads=n_heads // n_workers,
+        n_blocks=spec.blocks_per_chunk,
         block_tokens=block_tokens,
         head_dim=head_dim,
         dtype=dtype,
@@ -338,7 +318,8 @@ def page_layout(spec: OffloadingSpec, preset: Preset) -> PageLayout:
     n_bytes = config.worker_kv_bytes_per_block * spec.blocks_per_chunk * parallel.tp_size
     if layout.n_bytes != n_bytes:
         raise PresetError(
-            f"{preset!r} is for chunks of {layout.n_bytes} bytes ({layout.describe()}), {config.model.name} has "
-            f"{n_bytes}; use a preset of this model"
+            f"{preset!r} is for layers, KV heads and head_dim of {n_layers, n_heads, head_dim}, which take "
+            f"{layout.n_bytes} bytes of {layout.n_tokens} tokens, and {config.model.name} takes {n_bytes}; use a preset of "
+            f"this model"
         )
     return layout

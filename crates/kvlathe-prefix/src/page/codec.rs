@@ -1,6 +1,4 @@
-//! A server's page: consecutive tokens of all layers that a server moves together. Coded, it is a container of its own.
-//!
-//! What a page holds, only its server knows: the key it gives to it names its tokens, and its position comes with it.
+//! Pages as containers, and back.
 
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -10,27 +8,11 @@ use kvlathe_cache::{
     Bytes, CacheError, Coding, ExportedSide, LayerCache, Policy, SideParts, Tensor, TensorView,
 };
 use kvlathe_codec::{Element, Side, StreamSet};
-use thiserror::Error;
 
+use super::Result;
 use crate::container::{
-    Container, ContainerError, Contents, Dtype, Header, LayerHeader, Place, SideContents, SideHeader,
-    to_bytes,
+    Container, Contents, Dtype, Header, LayerHeader, Place, SideContents, SideHeader, to_bytes,
 };
-
-/// Why a page cannot be coded or read.
-#[derive(Debug, Error)]
-#[non_exhaustive]
-pub enum PageError {
-    /// Numbers that the codec does not take, and pages of other sizes.
-    #[error(transparent)]
-    Cache(#[from] CacheError),
-    /// A container that is none of a page.
-    #[error(transparent)]
-    Container(#[from] ContainerError),
-}
-
-/// The result of coding or reading a page.
-pub type Result<T> = std::result::Result<T, PageError>;
 
 /// The codecs of a model's layers, and how their pages are laid out.
 #[derive(Debug, Clone)]
