@@ -54,8 +54,8 @@ impl PageMemory {
     /// Sizes of nothing, other than so many places, and places that overlap or reach beyond a page's numbers.
     pub fn new(sizes: PageSizes, strides: [usize; 4], places: Vec<usize>) -> Result<Self> {
         let shape = |what, given, expected| Err(CacheError::Shape { what, given, expected }.into());
-        let Some(n_numbers) = sizes.n_numbers().filter(|&n| n > 0 && n < 1 << 40) else {
-            return shape("numbers of a page", sizes.n_numbers().unwrap_or(usize::MAX), 1 << 40);
+        let Some(n_numbers) = sizes.n_numbers().filter(|&n| n > 0 && n < 1 << 31) else {
+            return shape("numbers of a page", sizes.n_numbers().unwrap_or(usize::MAX), 1 << 31);
         };
         let expected = 2 * sizes.block_tokens * sizes.head_dim;
         if places.len() != expected {

@@ -52,6 +52,8 @@ class CompressedTier(SecondaryTierManager):
         weights: an identity of the model's weights; by default made from its files.
         extra_key: what else keys and values depend on, such as weights of LoRAs.
         tenant_secret: who does not have it finds nothing of what was saved with it.
+        uncompressed_tail: so many of a prompt's last tokens at least are left to the model and stay exact, as presets
+            are measured; what else ends within a chunk is too.
         timeout_s, max_bytes, max_age_s: as for `kvlathe.PrefixStore`.
         n_threads: that code chunks, and as many that expand them.
 
@@ -73,6 +75,7 @@ class CompressedTier(SecondaryTierManager):
         weights: str | None = None,
         extra_key: str = "",
         tenant_secret: str = "",
+        uncompressed_tail: int = 128,
         timeout_s: float = 5.0,
         max_bytes: int | None = None,
         max_age_s: float | None = None,
@@ -97,6 +100,7 @@ class CompressedTier(SecondaryTierManager):
             max_age_s=max_age_s,
             n_threads=n_threads,
         )
+        self._uncompressed_tail = uncompressed_tail
         self._chunks = torch.from_numpy(np.asarray(primary_kv_view)).view(torch.uint8)
         self._told: set[str] = set()
         # Whether the preset was seen to fit the model's numbers; None until there were some.
@@ -114,6 +118,8 @@ class CompressedTier(SecondaryTierManager):
         return RequestOffloadingContext()
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        if self._is_in_tail(key, req_context):
+            return LookupResult.MISS
         found = self._lookups.lookup(key, req_context)
         if found is None:
             return LookupResult.RETRY
@@ -172,6 +178,13 @@ class CompressedTier(SecondaryTierManager):
         if end is None or end < self._layout.n_tokens:
             return None
         return bytes(key), end - self._layout.n_tokens
+
+    def _is_in_tail(self, key: OffloadKey, req_context: ReqContext) -> bool:
+        """Whether a chunk holds some of the tokens that the model is to make anew."""
+        end = req_context.get_offload_key_position(key)
+        # vLLM notes the positions of a request's chunks in their order.
+        last = next(reversed(req_context._offload_key_positions.values()), 0)
+        return end is not None and end > last - self._uncompressed_tail
 
     def _submit(
         self, pool: int, work: Callable[[list[_Chunk]], tuple[int, int]], job: TransferJob
