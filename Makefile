@@ -4,6 +4,8 @@ PYTHON ?= python3
 
 VENV := .venv
 BIN := $(VENV)/bin
+# vLLM pins another torch, so it has an environment of its own, for all checkouts.
+VLLM ?= $(HOME)/.cache/kvlathe/vllm
 UV := UV_PYTHON_DOWNLOADS=never UV_LINK_MODE=hardlink VIRTUAL_ENV="$(CURDIR)/$(VENV)" $(BIN)/uv
 PYTHON_DIRS := . $(foreach dir,scripts examples benches,$(if $(wildcard $(dir)/*.py),../$(dir)))
 DOCS := $(foreach page,$(wildcard README.md docs/*.md),../$(page))
@@ -44,8 +46,10 @@ test: setup ## all tests: Rust, Python, and the examples in the documentation
 test-compat: setup ## the Python tests with the lowest and the newest transformers; ARGS="-k crop"
 	@$(BIN)/python scripts/test_compat.py $(ARGS)
 
-test-services: setup $(VENV)/services/.ready ## prefix stores against a real Redis and an S3 server; ARGS="-k redis"
-	@cd python && KVLATHE_SERVICES="$(CURDIR)/$(VENV)/services" ../$(BIN)/python -m pytest -q tests/services $(ARGS)
+test-services: setup $(VENV)/services/.ready ## stores on a real Redis and an S3 server, vLLM's plug-in in vLLM; ARGS="-k redis"
+	@scripts/vllm "$(VLLM)"
+	@cd python && KVLATHE_SERVICES="$(CURDIR)/$(VENV)/services" KVLATHE_VLLM="$(VLLM)" \
+		../$(BIN)/python -m pytest -q --durations=5 tests/services $(ARGS)
 
 lint: setup ## formatting, clippy, ruff, types
 	@echo "lint: cargo fmt"
@@ -77,12 +81,13 @@ asan: setup ## the Rust and the Python tests with AddressSanitizer
 	@scripts/asan
 
 lock: $(VENV)/.uv ## newest packages within python/requirements/*.in
-	@cd python && for set in uv dev model services; do \
-		name=requirements-$$set.lock; deps=; \
+	@cd python && for set in uv dev model services vllm; do \
+		name=requirements-$$set.lock; options=--universal; \
 		if [ $$set = dev ]; then name=requirements.lock; fi; \
-		if [ $$set = model ]; then deps=--no-deps; fi; \
+		if [ $$set = model ]; then options="--universal --no-deps"; fi; \
+		if [ $$set = vllm ]; then options="--override requirements/vllm-override.txt"; fi; \
 		echo "lock: $$name"; \
-		$(subst $(BIN),../$(BIN),$(UV)) pip compile requirements/$$set.in --upgrade --quiet $$deps --universal \
+		$(subst $(BIN),../$(BIN),$(UV)) pip compile requirements/$$set.in --upgrade --quiet $$options \
 			--custom-compile-command "make lock" --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate \
 			--output-file $$name || exit 1; \
 	done

@@ -16,8 +16,8 @@ class PageLayout:
     """A page: ``n_blocks`` of the server's blocks, of all layers and workers, one behind the other.
 
     Attributes:
-        axes: of one worker's numbers as they lie in memory, slowest first: layers L, blocks B, KV heads H, tokens N, and
-            a token's key with its value behind it, C.
+        axes: of one worker's numbers as they lie in memory, slowest first: layers L, blocks B, KV heads H, tokens N,
+            and a token's key with its value behind it, C.
         n_layers, n_workers, n_heads, n_blocks, block_tokens, head_dim: sizes; heads are one worker's.
         dtype: of the numbers.
         slots: where a kernel puts a head's keys and values within its block, [2, block_tokens, head_dim] flat; None if

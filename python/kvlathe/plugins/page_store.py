@@ -17,8 +17,9 @@ from .page_layout import PageLayout
 # A page as its server names it: its key, and the position of its first token.
 PageName = tuple[bytes, int]
 
-# Share of the numbers' energy that coding may change. Presets of 1.5 bits change less than a tenth of it; numbers in
-# another order than the preset's are changed by more than all of it.
+# Share of the numbers' energy that coding at 0 bits may change, and half of it for each 2 bits more. SmolLM2's presets
+# of 1.1 to 2.5 bits change a third of that; numbers in another order, or at other positions, are changed by twice
+# that or more.
 _MOST_CHANGED = 0.5
 
 # Seconds between looks at what the limits do not allow.
@@ -63,8 +64,8 @@ class PageStore:
         expected = (layout.n_layers, layout.n_workers * layout.n_heads, layout.head_dim)
         if page_sizes(preset) != expected:
             raise PresetError(
-                f"{preset!r} is for layers, KV heads and head_dim of {page_sizes(preset)}, {model} has {expected}; use a "
-                f"preset of this model"
+                f"{preset!r} is for layers, KV heads and head_dim of {page_sizes(preset)}, {model} has {expected}; use "
+                f"a preset of this model"
             )
         block_len, page_tokens = preset.block_len, layout.n_tokens
         if page_tokens % block_len:
@@ -106,19 +107,21 @@ class PageStore:
         return self._pages.missing(list(pages))
 
     def check_fit(self, page: PageName, memory: Tensor, row: int) -> None:
-        """Refuse numbers that the preset cannot be meant for: in another order than it takes them, or of another model.
+        """Refuse numbers that the preset cannot be meant for: in another order than it takes them, at other positions,
+        or of another model.
 
         Args:
             page, memory, row: one page as for `save`.
 
         Raises:
-            PresetError: coding changes half of their energy or more.
+            PresetError: coding changes more of their energy than a preset of this rate should.
         """
         changed = self._pages.changed(page, memory, row)
-        if not changed < _MOST_CHANGED:
+        most = _MOST_CHANGED * 2 ** (-self.preset.bits_per_value / 2)
+        if not changed <= most:
             raise PresetError(
                 f"{self.preset!r} does not fit this model's keys and values: coding changes {changed:.0%} of their "
-                f"energy; calibrate a preset for this model with `kvlathe tune`"
+                f"energy, expected at most {most:.0%}; calibrate a preset for this model with `kvlathe tune`"
             )
 
     def save(self, pages: Sequence[PageName], memory: Tensor, rows: Sequence[int]) -> int:
@@ -182,7 +185,9 @@ def page_sizes(preset: Preset) -> tuple[int, int, int]:
         )
     n_heads, key_dim, value_dim = cast(tuple[int, int, int], shapes.pop())
     if key_dim != value_dim:
-        raise PresetError(f"{preset!r} has keys of {key_dim} components and values of {value_dim}, expected equal ones")
+        raise PresetError(
+            f"{preset!r} has keys of {key_dim} components and values of {value_dim}, expected equal ones"
+        )
     return preset.n_layers, n_heads, key_dim
 
 
@@ -191,5 +196,3 @@ def _codecs(preset: Preset, layer: int) -> tuple[StreamSetCodec, StreamSetCodec]
     if not isinstance(key, StreamSetCodec) or not isinstance(value, StreamSetCodec):
         raise PresetError(f"layer {layer} of {preset!r} has no codecs for both keys and values")
     return key, value
-
-

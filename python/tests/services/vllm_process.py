@@ -45,7 +45,14 @@ def main() -> None:
         **config,
     )
     if told.get("warm_up"):
-        model.generate([TokensPrompt(prompt_token_ids=[1] * 200)], SamplingParams(max_tokens=2), use_tqdm=False)
+        model.generate(
+            [TokensPrompt(prompt_token_ids=[1] * 200)], SamplingParams(max_tokens=2), use_tqdm=False
+        )
+    if told.get("wait_for"):
+        # Until somebody has done something to the store.
+        print("ready", flush=True)
+        while not os.path.exists(told["wait_for"]):
+            time.sleep(0.05)
     answers = [answer(model, ids, told) for ids in told["prompts"]]
     counters = {
         f"{metric.name}{metric.labels.get('tier', '')}": metric.value
@@ -59,6 +66,9 @@ def main() -> None:
 
 def answer(model: LLM, ids: list[int], told: dict) -> dict:
     """One prompt's greedy continuation."""
+    if told.get("forget"):
+        # Nothing is in vLLM's own cache, nor in its first tier.
+        model.reset_prefix_cache(reset_connector=True)
     n_logprobs = told.get("n_logprobs", 0)
     parameters = SamplingParams(
         temperature=0, max_tokens=told.get("max_tokens", 16), logprobs=n_logprobs or None

@@ -132,7 +132,7 @@ def kernel_slots(dtype: torch.dtype, block_tokens: int, head_dim: int) -> list[i
         found += block.flatten().long() * place
     if not torch.equal(found.sort().values, source):
         raise ModelError(
-            f"vLLM's {isa} kernel does not keep {dtype} keys and values of {head_dim} components as they are; use another "
-            f"kv_cache_dtype"
+            f"vLLM's {isa} kernel does not keep {dtype} keys and values of {head_dim} components as they are; use "
+            f"another kv_cache_dtype"
         )
     return found.argsort().tolist()

@@ -186,9 +186,7 @@ class CompressedTier(SecondaryTierManager):
         last = next(reversed(req_context._offload_key_positions.values()), 0)
         return end is not None and end > last - self._uncompressed_tail
 
-    def _submit(
-        self, pool: int, work: Callable[[list[_Chunk]], tuple[int, int]], job: TransferJob
-    ) -> None:
+    def _submit(self, pool: int, work: Callable[[list[_Chunk]], tuple[int, int]], job: TransferJob) -> None:
         keys = list(job.keys)
         # Looked up here, as the request belongs to this thread.
         pages = [self._page(key, job.req_context) for key in keys]
@@ -293,8 +291,8 @@ def page_layout(spec: OffloadingSpec, preset: Preset) -> PageLayout:
     parallel = config.parallel
     if len(config.groups) != 1:
         raise ModelError(
-            f"{config.model.name} has {len(config.groups)} groups of layers (sliding windows, recurrent layers); kvlathe's "
-            f"tier serves models whose layers are alike"
+            f"{config.model.name} has {len(config.groups)} groups of layers (sliding windows, recurrent layers); "
+            f"kvlathe's tier serves models whose layers are alike"
         )
     if parallel.pp_size * parallel.pcp_size * parallel.dcp_size != 1:
         raise ModelError("kvlathe's tier serves tensor parallelism, not pipeline or context parallelism")
@@ -332,7 +330,7 @@ def page_layout(spec: OffloadingSpec, preset: Preset) -> PageLayout:
     if layout.n_bytes != n_bytes:
         raise PresetError(
             f"{preset!r} is for layers, KV heads and head_dim of {n_layers, n_heads, head_dim}, which take "
-            f"{layout.n_bytes} bytes of {layout.n_tokens} tokens, and {config.model.name} takes {n_bytes}; use a preset of "
-            f"this model"
+            f"{layout.n_bytes} bytes of {layout.n_tokens} tokens, and {config.model.name} takes {n_bytes}; use a "
+            f"preset of this model"
         )
     return layout

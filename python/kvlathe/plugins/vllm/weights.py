@@ -28,8 +28,8 @@ def weights_identity(model: str) -> str:
     files = [folder] if folder.is_file() else sorted({path for kind in _KINDS for path in folder.glob(kind)})
     if not files:
         raise ModelError(
-            f"no weights of {model} in {folder}, so nobody can say which ones a stored page belongs to; give the tier an "
-            f"identity of them: {{\"weights\": \"…\"}}"
+            f"no weights of {model} in {folder}, so nobody can say which ones a stored page belongs to; give the tier "
+            f'an identity of them: {{"weights": "…"}}'
         )
     hashed = hashlib.sha256(b"kvlathe identity of a model's files 1\n")
     config = folder / "config.json"
@@ -51,7 +51,7 @@ def _folder(model: str) -> Path:
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{model} is no folder and not in Hugging Face's cache on this machine, so nobody can say which weights a "
-            f"stored page belongs to; give the tier an identity of them: {{\"weights\": \"…\"}}"
+            f'stored page belongs to; give the tier an identity of them: {{"weights": "…"}}'
         ) from error
 
 
