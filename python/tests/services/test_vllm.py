@@ -19,9 +19,9 @@ from services.conftest import Server
 
 VENV = os.environ.get("KVLATHE_VLLM")
 PACKAGE = Path(__file__).parents[2]
-PROMPT_TOKENS = 2000
-# 15 chunks of 128 tokens; one holds some of the last 128 tokens, which the model makes anew.
-STORED, LOADED = 15 * 128, 14 * 128
+PROMPT_TOKENS = 1000
+# 7 chunks of 128 tokens; one holds some of the last 128 tokens, which the model makes anew.
+STORED, LOADED = 7 * 128, 6 * 128
 
 pytestmark = [
     pytest.mark.slow_model,
@@ -108,17 +108,15 @@ def test_later_processes_load_what_one_has_read(tmp_path: Path, model: Path, pro
     told = {"model": model, "prompts": [longer], "n_logprobs": -1}
     both = [started(tier=tier(ours.as_uri()), **told) for _ in range(2)]
     answers = [said(process) for process in both]
-    of_exact = ask(tier={"type": "fs", "root_dir": str(exact)}, **told)
     recomputed = ask(**told)["answers"][0]
     for one in answers:
         assert not one["log"]
-        # What ends before the last 128 tokens of 2,100.
+        # What ends before the last 128 tokens of 1,100.
         assert one["answers"][0]["n_cached"] == STORED
         assert one["counters"]["vllm:external_prefix_cache_hits"] == STORED
         assert one["counters"]["vllm:kv_offload_tiering_chunk_hits1:CompressedTier"] == STORED / 128
         assert one["answers"][0]["token_ids"] == answers[0]["answers"][0]["token_ids"]
         assert kld(recomputed, one["answers"][0]) < 0.03
-    assert of_exact["answers"][0]["n_cached"] >= STORED
 
     def n_bytes(folder: Path, kind: str) -> int:
         return sum(file.stat().st_size for file in folder.rglob(kind))
@@ -178,16 +176,8 @@ def test_redis_and_what_happens_without_it(
     assert sum("goes on without it" in line for line in alone["log"]) in (1, 2)
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"preset": "/no/such/file.safetensors"}, "No such file"),
-        ({"url": "nonsense"}, "file:///folder"),
-        ({"url": "file:///proc/no/such"}, "/proc/no/such"),
-    ],
-)
-def test_what_cannot_work_is_said_at_the_start(model: Path, options: dict[str, Any], words: str) -> None:
-    process = started(model=model, prompts=[[1, 2, 3]], tier=tier("file:///tmp") | options)
+def test_what_cannot_work_is_said_at_the_start(model: Path) -> None:
+    process = started(model=model, prompts=[[1, 2, 3]], tier=tier("file:///proc/no/such"))
     out, errors = process.communicate(timeout=300)
     assert process.returncode != 0
-    assert words in out + errors
+    assert "/proc/no/such" in out + errors

@@ -29,7 +29,7 @@ from ...errors import KvlatheError, ModelError, PresetError
 from ...preset import Preset
 from ..page_layout import PageLayout
 from ..page_store import PageName, PageStore, page_sizes
-from .weights import weights_identity
+from ..weights import weights_identity
 
 _LOG = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from ...errors import ModelError
+from ..errors import ModelError
 
 _KINDS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
