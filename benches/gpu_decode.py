@@ -45,7 +45,11 @@ def now(device: str) -> float:
 
 
 def cache_of(name: str, model: PreTrainedModel, preset: Preset) -> Cache:
-    return DynamicCache() if name == "stock" else CompressedDynamicCache.from_preset(preset, model=model)
+    return (
+        DynamicCache()
+        if name == "stock"
+        else CompressedDynamicCache.from_preset(preset, model=model, uncompressed_tail=0)
+    )
 
 
 @torch.no_grad()

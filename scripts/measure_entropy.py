@@ -91,7 +91,7 @@ def main() -> None:
     )
     for bits in arguments.bits:
         preset = Preset.load(arguments.preset or smollm2()).with_bits(bits)
-        cache = CompressedDynamicCache.from_preset(preset, model=loaded.model)
+        cache = CompressedDynamicCache.from_preset(preset, model=loaded.model, uncompressed_tail=0)
         with torch.no_grad():
             for chunk in ids.split(_CHUNK, dim=1):
                 loaded.model(chunk, past_key_values=cache, logits_to_keep=1)

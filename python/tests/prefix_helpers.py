@@ -21,7 +21,7 @@ def store_of(url: str, name: str = "llama", **options: Any) -> PrefixStore:
 
 def filled(name: str, ids: Tensor) -> CompressedDynamicCache:
     """A cache that has read these tokens; windows keep their beginning, as `PrefixStore.generate` sees to."""
-    cache = CompressedDynamicCache.from_preset(preset_of(name), model=model_of(name))
+    cache = CompressedDynamicCache.from_preset(preset_of(name), model=model_of(name), uncompressed_tail=0)
     if any(layer.is_sliding for layer in cache.layers):
         cache.activate_past_recording()
     with torch.no_grad():

@@ -184,11 +184,15 @@ def test_a_fingerprint_mismatch() -> None:
         model_of("llama", intermediate_size=112),
     ):
         with pytest.raises(PresetError, match="tiny llama") as caught:
-            CompressedDynamicCache.from_preset(preset, model=other)
+            CompressedDynamicCache.from_preset(preset, model=other, uncompressed_tail=0)
         assert "fingerprint" in str(caught.value)
-    CompressedDynamicCache.from_preset(preset, model=model_of("llama"))
-    CompressedDynamicCache.from_preset(preset, model=model_of("llama", seed=5))  # fine-tuned, say
-    CompressedDynamicCache.from_preset(preset, model=model_of("llama", vocab_size=160))  # with more tokens
+    CompressedDynamicCache.from_preset(preset, model=model_of("llama"), uncompressed_tail=0)
+    CompressedDynamicCache.from_preset(
+        preset, model=model_of("llama", seed=5), uncompressed_tail=0
+    )  # fine-tuned, say
+    CompressedDynamicCache.from_preset(
+        preset, model=model_of("llama", vocab_size=160), uncompressed_tail=0
+    )  # with more tokens
 
 
 def test_a_model_with_more_layers_than_the_cache() -> None:
@@ -400,7 +404,7 @@ def test_damaged_files_never_panic(
         for side in ("key", "value"):
             codec = preset.codec(0, side)  # type: ignore[arg-type]
             assert codec is not None or preset.is_seed_style
-        CompressedDynamicCache.from_preset(preset).update(*random_kv(20), 0)
+        CompressedDynamicCache.from_preset(preset, uncompressed_tail=0).update(*random_kv(20), 0)
     except KvlatheError:
         pass
 
@@ -591,7 +595,7 @@ def test_another_device_later(filled: CompressedDynamicCache) -> None:
 
 
 def test_another_device_than_the_preset_was_loaded_for() -> None:
-    cache = CompressedDynamicCache.from_preset(preset_of("llama"), device="cpu")
+    cache = CompressedDynamicCache.from_preset(preset_of("llama"), device="cpu", uncompressed_tail=0)
     _refuses(cache, *(t.to("meta") for t in random_kv(3)), DeviceError, "cpu", "meta")
 
 

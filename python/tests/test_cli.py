@@ -55,7 +55,7 @@ def test_an_encoder_decoder_is_tuned_verified_and_generates_from_blocks(
     assert "The promise holds" in capsys.readouterr().out
 
     model = load_model(encoder_decoder_folder).model
-    cache = CompressedDynamicCache.from_preset(Preset.load(output), model=model)
+    cache = CompressedDynamicCache.from_preset(Preset.load(output), model=model, uncompressed_tail=0)
     encoded, ids = torch.arange(3, 33)[None], torch.arange(3, 63)[None]
     both = EncoderDecoderCache(cache, DynamicCache())
     model.generate(encoded, decoder_input_ids=ids, past_key_values=both, max_new_tokens=12, min_new_tokens=12)

@@ -137,7 +137,7 @@ def test_the_equivalent_is_what_the_stock_cache_takes(name: str) -> None:
 
 def test_a_long_sequence_approaches_the_presets_rate() -> None:
     preset = preset_of("llama", 3.0, 64)
-    cache = CompressedDynamicCache.from_preset(preset)
+    cache = CompressedDynamicCache.from_preset(preset, uncompressed_tail=0)
     for layer in range(2):
         cache.update(*random_kv(20_000), layer)
     stats = cache.get_memory_stats()
@@ -274,10 +274,10 @@ def test_resident_memory_agrees(tmp_path: Path, run: tuple[str, int, int, int]) 
 
 def test_caches_of_a_preset_share_its_tables() -> None:
     preset = preset_of("llama", 3.0)
-    first, second = (CompressedDynamicCache.from_preset(preset) for _ in range(2))
+    first, second = (CompressedDynamicCache.from_preset(preset, uncompressed_tail=0) for _ in range(2))
     assert first.compressor(1, "key") is second.compressor(1, "key")
     assert first.compressor(1, "key") is not first.compressor(0, "key")
-    other = CompressedDynamicCache.from_preset(preset_of("llama", 4.0))
+    other = CompressedDynamicCache.from_preset(preset_of("llama", 4.0), uncompressed_tail=0)
     assert other.compressor(1, "key") is not first.compressor(1, "key")
 
 

@@ -87,7 +87,7 @@ def test_other_models_are_refused_whatever_their_vocabulary(age: Callable[[Prese
         tiny("llama", intermediate_size=112),
     ):
         with pytest.raises(PresetError, match="calibrated for `tiny`"):
-            CompressedDynamicCache.from_preset(preset, model=other)
+            CompressedDynamicCache.from_preset(preset, model=other, uncompressed_tail=0)
 
 
 def test_the_bundled_presets_take_their_model_with_more_tokens(bundled_preset: Preset) -> None:
@@ -150,7 +150,9 @@ def test_offloaded_models_are_calibrated_as_whole_ones(kind: str, gradients: boo
 def test_offloaded_models_are_judged_and_write_text(tmp_path: Path) -> None:
     model, whole = _offloaded("disk", "llama", tmp_path), tiny("llama")
     preset = _preset(whole)
-    coders = kvlathe.lab.evaluation.coders(CompressedDynamicCache.from_preset(preset, model=model))
+    coders = kvlathe.lab.evaluation.coders(
+        CompressedDynamicCache.from_preset(preset, model=model, uncompressed_tail=0)
+    )
     given, expected = (
         Evaluator(each, random_windows(2), tail=16, n_sinks=2).run(*coders) for each in (model, whole)
     )

@@ -177,7 +177,7 @@ def test_beams_of_padded_rows() -> None:
 
 def test_note_padding_refuses() -> None:
     model = model_of("llama")
-    cache = CompressedDynamicCache.from_preset(preset_of("llama"), model=model)
+    cache = CompressedDynamicCache.from_preset(preset_of("llama"), model=model, uncompressed_tail=0)
     with pytest.raises(ShapeError, match="batch, tokens"):
         cache.note_padding(torch.ones(5))
     model(input_ids=tokens(9), past_key_values=cache)

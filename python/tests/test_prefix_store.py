@@ -61,7 +61,7 @@ def test_a_stored_prefix_is_as_good_as_one_in_memory(name: str, kind: str, url: 
         for prompt, n_stored in ((ids, 144), (ids[:, :144], 128), (other, 96), (ids[:, :16], 0)):
             cache, n_tokens = store.load(prompt)
             assert n_tokens == n_stored == cache.get_seq_length()
-            in_memory = CompressedDynamicCache.from_preset(preset_of(name), model=model)
+            in_memory = CompressedDynamicCache.from_preset(preset_of(name), model=model, uncompressed_tail=0)
             if n_tokens:
                 logits(model, in_memory, prompt[:, :n_tokens])
             rest = prompt[:, n_tokens:]
@@ -91,7 +91,7 @@ def test_generation_with_a_store_is_the_same(name: str, url: str) -> None:
         store = store_of(url, name)
         prompt = tokens(70)
         for n_found in (0, 64):
-            cache = CompressedDynamicCache.from_preset(preset_of(name), model=model)
+            cache = CompressedDynamicCache.from_preset(preset_of(name), model=model, uncompressed_tail=0)
             if n_found:
                 logits(model, cache, prompt[:, :n_found])
             expected = model.generate(prompt, past_key_values=cache, **_GREEDY)
@@ -157,7 +157,9 @@ def test_batches_have_what_all_rows_have(url: str) -> None:
     prompt[1, 50] += 1
     cache, n_tokens = store.load(prompt)
     assert n_tokens == 48
-    in_memory = CompressedDynamicCache.from_preset(preset_of("llama"), model=model_of("llama"))
+    in_memory = CompressedDynamicCache.from_preset(
+        preset_of("llama"), model=model_of("llama"), uncompressed_tail=0
+    )
     logits(model_of("llama"), in_memory, prompt[:, :48])
     rest = prompt[:, 48:]
     assert torch.equal(logits(model_of("llama"), cache, rest), logits(model_of("llama"), in_memory, rest))
@@ -168,7 +170,9 @@ def test_beams_and_several_answers(asked: dict[str, Any], url: str) -> None:
     store, prompt = store_of(url), tokens(70, batch=2)
     options = {**_GREEDY, **asked}
     if asked.get("num_beams"):
-        cache = CompressedDynamicCache.from_preset(preset_of("llama"), model=model_of("llama"))
+        cache = CompressedDynamicCache.from_preset(
+            preset_of("llama"), model=model_of("llama"), uncompressed_tail=0
+        )
         expected = model_of("llama").generate(prompt, past_key_values=cache, **options)
         for _ in range(2):
             assert torch.equal(store.generate(input_ids=prompt, **options), expected)
@@ -208,7 +212,9 @@ def test_other_weights_extras_and_tenants_never_meet(url: str) -> None:
 
 def test_windows_that_have_dropped_the_beginning_say_what_to_do(url: str) -> None:
     ids = tokens(150)
-    cache = CompressedDynamicCache.from_preset(preset_of("mistral"), model=model_of("mistral"))
+    cache = CompressedDynamicCache.from_preset(
+        preset_of("mistral"), model=model_of("mistral"), uncompressed_tail=0
+    )
     logits(model_of("mistral"), cache, ids)
     with pytest.raises(PrefixStoreError, match="activate_past_recording"):
         store_of(url, "mistral").save(ids, cache)
@@ -224,7 +230,9 @@ def gone() -> Iterator[str]:
 def test_a_store_that_is_down_is_a_miss_told_once(gone: str) -> None:
     store = store_of(gone, strict=False, timeout_s=1.0)
     prompt = tokens(40)
-    cache = CompressedDynamicCache.from_preset(preset_of("llama"), model=model_of("llama"))
+    cache = CompressedDynamicCache.from_preset(
+        preset_of("llama"), model=model_of("llama"), uncompressed_tail=0
+    )
     expected = model_of("llama").generate(prompt, past_key_values=cache, **_GREEDY)
     began = time.monotonic()
     with warnings.catch_warnings(record=True) as told:
@@ -315,7 +323,9 @@ def test_what_cannot_be_stored(url: str) -> None:
         logits(model_of("llama"), cache, ids)
         store.save(ids, cache)
     with pytest.raises(PresetError, match="one preset"):
-        other = CompressedDynamicCache.from_preset(preset_of("llama", 7.0), model=model_of("llama"))
+        other = CompressedDynamicCache.from_preset(
+            preset_of("llama", 7.0), model=model_of("llama"), uncompressed_tail=0
+        )
         logits(model_of("llama"), other, ids)
         store.save(ids, other)
     with pytest.raises(ShapeError, match="rows"):

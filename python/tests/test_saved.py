@@ -169,7 +169,7 @@ def _things(preset: Preset) -> dict[str, Any]:
     parts = cache.layers[0].export_parts()
     things = {
         "cache": cache,
-        "empty": CompressedDynamicCache.from_preset(preset),
+        "empty": CompressedDynamicCache.from_preset(preset, uncompressed_tail=0),
         "layer": cache.layers[0],
         "parts": parts,
         "side": parts.value,

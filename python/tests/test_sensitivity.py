@@ -50,7 +50,7 @@ def test_factors_are_roots_of_measured_over_expected_cost() -> None:
     preset = calibrated("llama", cost_windows=0)
     factors = cost_factors(model, preset, [window], tail=16)
     probed = preset.with_bits(max(2.25, preset.side_bits_per_value + 1))
-    keys, values = coders(CompressedDynamicCache.from_preset(probed))
+    keys, values = coders(CompressedDynamicCache.from_preset(probed, uncompressed_tail=0))
     evaluator = Evaluator(model, [window], tail=16, n_sinks=2)
     for layer, (expected_key, expected_value) in enumerate(probed.native.expected_costs()):
         key = evaluator.run(lambda at, x, one=layer: keys(at, x) if at == one else x, None).kld

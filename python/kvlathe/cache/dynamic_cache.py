@@ -102,12 +102,14 @@ class CompressedDynamicCache(PortableCache):
         *,
         model: PreTrainedModel | None = None,
         compress_start_len: int = 0,
-        uncompressed_tail: int = 0,
+        uncompressed_tail: int = 128,
         device: str | torch.device | None = None,
     ) -> CompressedDynamicCache:
         """A cache with a preset's codecs.
 
         Args:
+            uncompressed_tail: as above; 128 latest tokens, as presets are measured. With none the divergence from the
+                exact cache is ten times as large (docs/prefixes.md).
             model: checks that the preset is this model's, and gives the cache the model's config (see above).
 
         Raises:

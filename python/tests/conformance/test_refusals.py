@@ -215,11 +215,11 @@ def test_a_preset_of_a_hybrid_and_its_dense_sibling() -> None:
     preset = preset_of("lfm2")
     for other in (dense, moved, other_type):
         with pytest.raises(PresetError, match="was calibrated for"):
-            CompressedDynamicCache.from_preset(preset, model=other)
+            CompressedDynamicCache.from_preset(preset, model=other, uncompressed_tail=0)
         with pytest.raises(PresetError, match="was calibrated for"):
             verify(other, None, [], preset)
     with pytest.raises(PresetError, match="was calibrated for"):
-        CompressedDynamicCache.from_preset(preset_of("llama"), model=hybrid)
+        CompressedDynamicCache.from_preset(preset_of("llama"), model=hybrid, uncompressed_tail=0)
 
 
 def test_a_preset_without_a_fingerprint_says_which_layers_it_codes() -> None:
@@ -228,7 +228,7 @@ def test_a_preset_without_a_fingerprint_says_which_layers_it_codes() -> None:
         content["kvlathe"][key] = ""
     preset = Preset(NativePreset.from_bytes(json.dumps(content).encode()))
     assert preset.coded_layers == [1] and preset.layer_shapes == [None, (2, 16, 16)]
-    CompressedDynamicCache.from_preset(preset, model=BY_NAME["lfm2"].model)
+    CompressedDynamicCache.from_preset(preset, model=BY_NAME["lfm2"].model, uncompressed_tail=0)
     with pytest.raises(PresetError, match=r"layers \[1\]"):
         moved = tiny("lfm2", layer_types=["full_attention", "conv"])
-        CompressedDynamicCache.from_preset(preset, model=moved)
+        CompressedDynamicCache.from_preset(preset, model=moved, uncompressed_tail=0)

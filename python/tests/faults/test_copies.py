@@ -127,7 +127,7 @@ def test_a_preset_can_be_pickled() -> None:
     keys, values = random_kv(60)
     contents = []
     for each in (twin, again):
-        cache = CompressedDynamicCache.from_preset(each)
+        cache = CompressedDynamicCache.from_preset(each, uncompressed_tail=0)
         cache.update(keys, values, 0)
         contents.append(_contents(cache))
     _assert_equal(*contents)

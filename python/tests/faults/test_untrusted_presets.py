@@ -173,7 +173,7 @@ _DOORS: dict[str, Callable[[Path], object]] = {
     "Preset.load": Preset.load,
     "load_preset_cache": lambda path: load_preset_cache(str(path), 2, "cpu"),
     "from_preset": lambda path: CompressedDynamicCache.from_preset(
-        Preset.load(path), model=model_of("llama")
+        Preset.load(path), model=model_of("llama"), uncompressed_tail=0
     ),
 }
 
@@ -390,7 +390,7 @@ def test_names_are_never_opened(tmp_path: Path, opened: list[str]) -> None:
     )
     opened.clear()
     preset = Preset.load(path)
-    cache = CompressedDynamicCache.from_preset(preset)
+    cache = CompressedDynamicCache.from_preset(preset, uncompressed_tail=0)
     with torch.no_grad():
         model_of("llama")(tokens(30), past_key_values=cache)
     assert str(victim) not in opened and "secret" not in repr(preset)
