@@ -4,8 +4,8 @@ use kvlathe::Error;
 use kvlathe::cache::CacheError;
 use kvlathe::calib::CalibError;
 use kvlathe::codec::CodecError;
+use kvlathe::prefix::StoreError;
 use kvlathe::prefix::container::ContainerError;
-use kvlathe::prefix::{PageError, StoreError};
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 
@@ -22,12 +22,7 @@ pub(crate) fn exception(name: &str, message: String) -> PyErr {
 
 /// The exception that tells a Python user of `error`.
 pub(crate) fn to_python(error: impl Into<Error>) -> PyErr {
-    let error = match error.into() {
-        Error::Page(PageError::Cache(inner)) => Error::Cache(inner),
-        Error::Page(PageError::Container(inner)) => Error::Container(inner),
-        Error::Page(PageError::Store(inner)) => Error::Store(inner),
-        other => other,
-    };
+    let error = error.into();
     let name = match &error {
         Error::Preset(_) | Error::SeedPreset { .. } => "PresetError",
         Error::Container(ContainerError::OutOfMemory { .. }) => "ResourceError",

@@ -1,5 +1,6 @@
 //! One error for the whole library.
 
+use kvlathe_prefix::PageError;
 use thiserror::Error;
 
 /// What any part of kvlathe may refuse.
@@ -24,9 +25,6 @@ pub enum Error {
     /// A store of prefixes.
     #[error(transparent)]
     Store(#[from] kvlathe_prefix::StoreError),
-    /// A server's page.
-    #[error(transparent)]
-    Page(#[from] kvlathe_prefix::PageError),
     /// A preset of the seed's kind where one with streams is needed.
     #[error(
         "the preset of {model} has no calibrated streams (a seed-style file), so {operation} cannot be done; calibrate one with `kvlathe tune`"
@@ -68,6 +66,16 @@ pub enum Error {
         /// The factor.
         given: f64,
     },
+}
+
+impl From<PageError> for Error {
+    fn from(error: PageError) -> Self {
+        match error {
+            PageError::Cache(inner) => Self::Cache(inner),
+            PageError::Container(inner) => Self::Container(inner),
+            PageError::Store(inner) => Self::Store(inner),
+        }
+    }
 }
 
 /// The result of an operation of the facade.

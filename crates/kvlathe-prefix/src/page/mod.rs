@@ -25,7 +25,6 @@ pub use store::{PageName, PageStore};
 
 /// Why a page cannot be coded, kept or read.
 #[derive(Debug, Error)]
-#[non_exhaustive]
 pub enum PageError {
     /// Numbers that the codec does not take, and pages of other sizes.
     #[error(transparent)]
