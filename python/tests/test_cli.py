@@ -14,6 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 from kvlathe import CompressedDynamicCache, Preset, load_model
 from kvlathe.cli import main
 from kvlathe.legacy.auto_tune import tune_main
+from kvlathe.presets import smollm2
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "auto_tune_kv_compression.py"
 
@@ -161,3 +162,13 @@ def test_verify_says_whether_the_promise_holds(
     Preset.load(output).with_bits(3.0).save(other_rate)
     assert main(["verify", str(other_rate), *own[1:]]) == 1
     assert "promises nothing" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = [sys.executable, "-m", "kvlathe.cli", "show", str(smollm2())]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    assert process.communicate()[1] == b""
+    assert process.returncode == 141

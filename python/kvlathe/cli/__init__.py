@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,7 +62,13 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if getattr(arguments, "needs_transformers", True):
             check_transformers()
-        return int(arguments.run(arguments))
+        status = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read our output has seen enough, as `head` does. Nothing is left to be flushed at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     except (KvlatheError, ImportError) as error:
         say(f"error: {printable(str(error))}")
         return 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -35,7 +35,7 @@ class PageLayout:
     block_tokens: int
     head_dim: int
     dtype: torch.dtype
-    slots: Sequence[int] | None = None
+    slots: Sequence[int] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if sorted(self.axes) != sorted("LBHNC") or self.axes.index("B") > self.axes.index("H"):
