@@ -58,7 +58,7 @@ from kvlathe.presets import smollm2
 config = LlamaConfig(vocab_size=64, hidden_size=576, intermediate_size=64, num_hidden_layers=30,
                      num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=512)
 model = LlamaForCausalLM(config).eval()
-ids = torch.randint(64, (1, 150))
+ids = torch.randint(64, (1, 300))
 for cache in (load_preset_cache(smollm2(), num_layers=30, device="cpu"),
               CompressedDynamicCache.from_preset(Preset.load(smollm2()))):
     model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
