@@ -69,23 +69,25 @@ impl NativePageStore {
         py.detach(|| self.pages.touch(&pages)).map_err(to_python)
     }
 
-    /// Codes pages that lie in rows of `memory`, uint8 `[rows, bytes]`, and keeps them. Bytes that were written.
+    /// Codes pages that lie in rows of `memory`, uint8 `[rows, bytes]`, and keeps them, but for those of which coding
+    /// changes a larger share than `most_changed`. Of each: bytes that were written, and the share.
     fn save(
         &self,
         py: Python<'_>,
         pages: Vec<NameGiven>,
         memory: &Bound<'_, PyAny>,
         rows: Vec<usize>,
+        most_changed: f64,
         n_threads: usize,
-    ) -> PyResult<u64> {
+    ) -> PyResult<Vec<(usize, f64)>> {
         let memory = Rows::new(memory, &rows, pages.len())?;
         let pages = names(pages);
-        with_element!(self.dtype, E => {
+        let saved = with_element!(self.dtype, E => {
             // SAFETY: the caller lets nobody write to these rows meanwhile.
             let rows = rows.iter().map(|&row| unsafe { memory.row::<E>(row) }).collect::<PyResult<Vec<_>>>()?;
-            py.detach(|| self.pages.save(pages.into_iter().zip(rows).collect(), n_threads))
-        })
-        .map_err(to_python)
+            py.detach(|| self.pages.save(pages.into_iter().zip(rows).collect(), most_changed, n_threads))
+        });
+        Ok(saved.map_err(to_python)?.into_iter().map(|page| (page.n_bytes, page.changed)).collect())
     }
 
     /// Writes pages that are kept to rows of `memory`. Of each: bytes that were read, None if it is not there, or an error.
@@ -108,25 +110,6 @@ impl NativePageStore {
             .into_iter()
             .map(|one| one.map_or_else(|error| (None, Some(to_python(error))), |n| (n, None)))
             .collect())
-    }
-
-    /// The share of a page's energy that coding changes.
-    fn changed(
-        &self,
-        py: Python<'_>,
-        page: NameGiven,
-        memory: &Bound<'_, PyAny>,
-        row: usize,
-    ) -> PyResult<f64> {
-        let memory = Rows::new(memory, &[row], 1)?;
-        let (key, first_position) = page;
-        let page = PageName { key, first_position };
-        with_element!(self.dtype, E => {
-            // SAFETY: as in `save`.
-            let row = unsafe { memory.row::<E>(row) }?;
-            py.detach(|| self.pages.changed(&page, row))
-        })
-        .map_err(to_python)
     }
 }
 

@@ -139,19 +139,19 @@ fn round_trip<E: Element>() {
     let names: Vec<PageName> = (0..N_PAGES).map(name).collect();
     assert_eq!(pages.missing(&names).unwrap(), [true; N_PAGES]);
     let given = names.iter().cloned().zip(lying.iter().map(Vec::as_slice)).collect();
-    let n_bytes = pages.save(given, 2).unwrap();
+    let saved = pages.save(given, 0.05, 2).unwrap();
+    assert!(saved.iter().all(|page| (1e-6..0.05).contains(&page.changed)), "{saved:?}");
+    let n_bytes: usize = saved.iter().map(|page| page.n_bytes).sum();
     assert_eq!(pages.missing(&names).unwrap(), [false; N_PAGES]);
 
     let mut again = vec![vec![E::default(); lying[0].len()]; N_PAGES];
     let wanted = names.iter().cloned().zip(again.iter_mut().map(Vec::as_mut_slice)).collect();
     let read: usize = pages.load(wanted, 2).into_iter().map(|one| one.unwrap().unwrap()).sum();
-    assert_eq!(read as u64, n_bytes);
+    assert_eq!(read, n_bytes);
     for (index, again) in again.iter().enumerate() {
         assert_eq!(memory(SIZES).gather(again).unwrap(), expected(&sequence, index), "page {index}");
         assert_eq!(again[memory(SIZES).n_numbers()..], [E::default(); 5], "behind the page");
     }
-    let changed = pages.changed(&names[1], &lying[1]).unwrap();
-    assert!((1e-6..0.05).contains(&changed), "{changed}");
 }
 
 #[test]
@@ -169,7 +169,7 @@ fn workers_that_share_the_heads_make_the_same_objects() {
         let memory = memory(PageSizes { n_workers, n_heads: HEADS / n_workers, ..SIZES });
         let pages = store_of(&in_folder(folder.path()), memory.clone(), "ab");
         let lying = filled(&memory, &sequence, 1);
-        pages.save(vec![(name(1), &lying)], 1).unwrap();
+        pages.save(vec![(name(1), &lying)], 1.0, 1).unwrap();
         fs::read(folder.path().join(pages.name(&name(1)).to_string())).unwrap()
     });
     assert_eq!(files[0], files[1]);
@@ -181,7 +181,7 @@ fn other_weights_positions_and_keys_find_nothing() {
     let store = Arc::new(PrefixStore::open("memory://", Options::default()).unwrap());
     let pages = store_of(&store, memory(SIZES), "ab");
     let lying = filled(&memory(SIZES), &sequence::<f32>(), 1);
-    pages.save(vec![(name(1), &lying)], 1).unwrap();
+    pages.save(vec![(name(1), &lying)], 1.0, 1).unwrap();
     let moved = PageName { first_position: 2 * N_TOKENS, ..name(1) };
     let other_key = PageName { key: b"hash 1\0".to_vec(), ..name(1) };
     assert_eq!(pages.missing(&[name(1), moved.clone(), other_key]).unwrap(), [false, true, true]);
@@ -197,7 +197,7 @@ fn damaged_and_exchanged_pages_are_refused_and_removed() {
     let pages = store_of(&in_folder(folder.path()), memory(SIZES), "ab");
     let sequence = sequence::<f32>();
     for index in [1, 2] {
-        pages.save(vec![(name(index), &filled(&memory(SIZES), &sequence, index))], 1).unwrap();
+        pages.save(vec![(name(index), &filled(&memory(SIZES), &sequence, index))], 1.0, 1).unwrap();
     }
     let path = |index| folder.path().join(pages.name(&name(index)).to_string());
     let mut out = vec![0.5f32; memory(SIZES).n_numbers()];
@@ -223,15 +223,33 @@ fn what_cannot_be_coded_is_refused_and_not_kept() {
     let pages = store_of(&store, memory(SIZES), "ab");
     let mut lying = filled(&memory(SIZES), &sequence::<f32>(), 1);
     let inside = PageName { first_position: N_TOKENS + 1, ..name(1) };
-    assert!(matches!(pages.save(vec![(inside, &lying)], 1), Err(PageError::Cache(CacheError::Shape { .. }))));
+    assert!(matches!(
+        pages.save(vec![(inside, &lying)], 1.0, 1),
+        Err(PageError::Cache(CacheError::Shape { .. }))
+    ));
     let short = lying[..memory(SIZES).n_numbers() - 1].to_vec();
     assert!(matches!(
-        pages.save(vec![(name(1), &short)], 1),
+        pages.save(vec![(name(1), &short)], 1.0, 1),
         Err(PageError::Cache(CacheError::Buffer { .. }))
     ));
     lying[77] = f32::NAN;
-    assert!(matches!(pages.save(vec![(name(1), &lying)], 1), Err(PageError::Cache(CacheError::Codec(_)))));
+    assert!(matches!(
+        pages.save(vec![(name(1), &lying)], 1.0, 1),
+        Err(PageError::Cache(CacheError::Codec(_)))
+    ));
     assert_eq!(pages.missing(&[name(1)]).unwrap(), [true]);
+}
+
+#[test]
+fn numbers_that_coding_changes_too_much_are_not_kept() {
+    let store = Arc::new(PrefixStore::open("memory://", Options::default()).unwrap());
+    let pages = store_of(&store, memory(SIZES), "ab");
+    let lying = filled(&memory(SIZES), &sequence::<f32>(), 1);
+    let saved = pages.save(vec![(name(1), &lying)], 1e-6, 1).unwrap();
+    assert!(saved[0].n_bytes == 0 && saved[0].changed > 1e-6, "{saved:?}");
+    assert_eq!(pages.missing(&[name(1)]).unwrap(), [true]);
+    let zeros = vec![0.0f32; lying.len()];
+    assert!(pages.save(vec![(name(1), &zeros)], 1.0, 1).unwrap()[0].changed.is_finite());
 }
 
 #[test]

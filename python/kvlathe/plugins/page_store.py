@@ -94,6 +94,11 @@ class PageStore:
         )
 
     @property
+    def most_changed(self) -> float:
+        """The largest share of a page's energy that coding may change."""
+        return _MOST_CHANGED * 2 ** (-self.preset.bits_per_value / 2)
+
+    @property
     def url(self) -> str:
         """Without credentials."""
         return self._store.url
@@ -106,26 +111,11 @@ class PageStore:
         """
         return self._pages.missing(list(pages))
 
-    def check_fit(self, page: PageName, memory: Tensor, row: int) -> None:
-        """Refuse numbers that the preset cannot be meant for: in another order than it takes them, at other positions,
-        or of another model.
-
-        Args:
-            page, memory, row: one page as for `save`.
-
-        Raises:
-            PresetError: coding changes more of their energy than a preset of this rate should.
-        """
-        changed = self._pages.changed(page, memory, row)
-        most = _MOST_CHANGED * 2 ** (-self.preset.bits_per_value / 2)
-        if not changed <= most:
-            raise PresetError(
-                f"{self.preset!r} does not fit this model's keys and values: coding changes {changed:.0%} of their "
-                f"energy, expected at most {most:.0%}; calibrate a preset for this model with `kvlathe tune`"
-            )
-
-    def save(self, pages: Sequence[PageName], memory: Tensor, rows: Sequence[int]) -> int:
+    def save(self, pages: Sequence[PageName], memory: Tensor, rows: Sequence[int]) -> list[int]:
         """Code pages and keep them; what the limits do not allow goes, now and then.
+
+        A page that coding changes more than a preset of this rate should change it is not kept: its numbers lie in
+        another order than the layout says, at other positions, or are another model's; or the text is like no text.
 
         Args:
             pages: their names.
@@ -133,18 +123,18 @@ class PageStore:
             rows: of the pages, all different.
 
         Returns:
-            Bytes written.
+            Of each page: bytes written, 0 if it was not kept.
 
         Raises:
             NonFiniteError: numbers that are not finite.
             ShapeError: positions inside of a block.
             PrefixStoreError: the store fails or is slow; what was kept before stays.
         """
-        n_bytes = self._pages.save(list(pages), memory, list(rows), self._n_threads)
+        saved = self._pages.save(list(pages), memory, list(rows), self.most_changed, self._n_threads)
         if self._has_limits and time.monotonic() >= self._evict_at:
             self._evict_at = time.monotonic() + _EVICTION_INTERVAL_S
             self._store.evict()
-        return n_bytes
+        return [n_bytes for n_bytes, _ in saved]
 
     def load(
         self, pages: Sequence[PageName], memory: Tensor, rows: Sequence[int]

@@ -21,7 +21,7 @@ use crate::error::StoreError;
 
 pub use codec::{PageCodec, PageOrigin};
 pub use memory::{PageMemory, PageSizes};
-pub use store::{PageName, PageStore};
+pub use store::{PageName, PageStore, Saved};
 
 /// Why a page cannot be coded, kept or read.
 #[derive(Debug, Error)]

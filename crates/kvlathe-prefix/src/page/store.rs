@@ -23,6 +23,15 @@ pub struct PageName {
     pub first_position: usize,
 }
 
+/// What became of a page that was to be kept.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Saved {
+    /// Bytes that were written; 0 if it was not kept.
+    pub n_bytes: usize,
+    /// The share of its energy that coding changes.
+    pub changed: f64,
+}
+
 /// A server's pages under a URL: of one model, one preset, one tenant.
 #[derive(Debug)]
 pub struct PageStore {
@@ -90,19 +99,29 @@ impl PageStore {
         Ok(self.store.touch(&self.names(pages))?)
     }
 
-    /// Codes pages and keeps them, on `n_threads` threads. Bytes that were written.
+    /// Codes pages and keeps those whose energy coding changes by no more than the share `most_changed`, on `n_threads`
+    /// threads. Numbers in another order than the codec takes them, at other positions or of another model are changed by
+    /// several times what they should be.
     ///
     /// # Errors
     /// What [`PageCodec::encode`] refuses; a store that fails or is slow. What was kept before stays.
-    pub fn save<E: Element>(&self, pages: Vec<(PageName, &[E])>, n_threads: usize) -> Result<u64> {
-        let kept = each(pages, n_threads, |(page, memory)| {
+    pub fn save<E: Element>(
+        &self,
+        pages: Vec<(PageName, &[E])>,
+        most_changed: f64,
+        n_threads: usize,
+    ) -> Result<Vec<Saved>> {
+        let saved = each(pages, n_threads, |(page, memory)| {
             let name = self.name(&page);
             let bytes = self.encode(&page, memory, &name.key)?;
-            let n_bytes = bytes.len() as u64;
-            self.store.put(vec![(name, bytes)])?;
-            Ok(n_bytes)
+            let (n_bytes, changed) = (bytes.len(), self.changed(bytes.clone(), memory)?);
+            let is_kept = changed <= most_changed;
+            if is_kept {
+                self.store.put(vec![(name, bytes)])?;
+            }
+            Ok(Saved { n_bytes: if is_kept { n_bytes } else { 0 }, changed })
         });
-        kept.into_iter().sum()
+        saved.into_iter().collect()
     }
 
     /// Writes pages to memory, on `n_threads` threads. Of each: bytes that were read; `None` if it is not there.
@@ -121,17 +140,14 @@ impl PageStore {
         })
     }
 
-    /// The share of a page's energy that coding changes: far below a half where codec and order of the numbers are right.
-    ///
-    /// # Errors
-    /// What [`PageCodec::encode`] refuses.
-    pub fn changed<E: Element>(&self, page: &PageName, memory: &[E]) -> Result<f64> {
-        let coded = Container::from_bytes(self.encode(page, memory, "")?)?;
+    /// The share of a page's energy that coding has changed; 0 for a page of zeros that is one still.
+    fn changed<E: Element>(&self, coded: Bytes, memory: &[E]) -> Result<f64> {
         let mut again = memory.to_vec();
-        self.decode(&coded, &mut again)?;
+        self.decode(&Container::from_bytes(coded)?, &mut again)?;
         let energy = |of: &mut dyn Iterator<Item = f32>| of.map(|x| f64::from(x).powi(2)).sum::<f64>();
         let changed = energy(&mut memory.iter().zip(&again).map(|(x, y)| x.to_f32() - y.to_f32()));
-        Ok(changed / energy(&mut memory[..self.memory.n_numbers()].iter().map(|x| x.to_f32())))
+        let all = energy(&mut memory[..self.memory.n_numbers()].iter().map(|x| x.to_f32()));
+        Ok(if changed == 0.0 { 0.0 } else { changed / all })
     }
 
     fn encode<E: Element>(&self, page: &PageName, memory: &[E], chunk_key: &str) -> Result<Bytes> {

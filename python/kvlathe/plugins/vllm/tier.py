@@ -103,8 +103,6 @@ class CompressedTier(SecondaryTierManager):
         self._uncompressed_tail = uncompressed_tail
         self._chunks = torch.from_numpy(np.asarray(primary_kv_view)).view(torch.uint8)
         self._told: set[str] = set()
-        # Whether the preset was seen to fit the model's numbers; None until there were some.
-        self._fits: bool | None = None
         # Loads do not wait for stores.
         self._pools = [
             ThreadPoolExecutor(1, thread_name_prefix=f"kvlathe-vllm-{kind}") for kind in ("store", "load")
@@ -162,8 +160,6 @@ class CompressedTier(SecondaryTierManager):
 
     def are_there(self, keys: list[OffloadKey], req_context: ReqContext) -> list[bool]:
         """Which chunks can be loaded. Called on the thread of lookups."""
-        if self._fits is False:
-            return [False] * len(keys)
         pages = [self._page(key, req_context) for key in keys]
         asked = [page for page in pages if page is not None]
         missing: list[bool] = []
@@ -223,15 +219,21 @@ class CompressedTier(SecondaryTierManager):
         future.add_done_callback(self._going.discard)
 
     def _store_chunks(self, chunks: list[_Chunk]) -> tuple[int, int]:
-        """How many chunks, from the first on, are stored now, and bytes that were written."""
+        """How many chunks are stored now, all or none, and bytes that were written."""
         missing = self._store.missing([page for page, _ in chunks])
         new = [chunk for chunk, is_missing in zip(chunks, missing, strict=True) if is_missing]
-        if new and self._fits is None:
-            self._check_fit(*new[0])
-        if self._fits is False:
-            return 0, 0
         pages, rows = [page for page, _ in new], [row for _, row in new]
-        return len(chunks), self._store.save(pages, self._chunks, rows)
+        n_bytes = self._store.save(pages, self._chunks, rows)
+        if 0 in n_bytes:
+            self._tell(
+                PresetError(
+                    f"chunks that {self._store.preset!r} would change by more than {self._store.most_changed:.0%} of "
+                    f"their energy are not stored; if that is so for all, calibrate a preset for this model with "
+                    f"`kvlathe tune`"
+                )
+            )
+        n_done = len(chunks) if 0 not in n_bytes else 0
+        return n_done, sum(n_bytes)
 
     def _load_chunks(self, chunks: list[_Chunk]) -> tuple[int, int]:
         """How many chunks, from the first on, are in their places now, and bytes that were read."""
@@ -244,14 +246,6 @@ class CompressedTier(SecondaryTierManager):
                 break
             n_done, n_bytes = n_done + 1, n_bytes + n_read
         return n_done, n_bytes
-
-    def _check_fit(self, page: PageName, row: int) -> None:
-        try:
-            self._store.check_fit(page, self._chunks, row)
-            self._fits = True
-        except PresetError as error:
-            self._fits = False
-            self._tell(error)
 
     def _quietly(self, ask: Callable[[], Any]) -> bool:
         """Whether the store answered; told once if not."""
