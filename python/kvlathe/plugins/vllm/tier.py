@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from vllm.platforms import current_platform
 from vllm.v1.kv_offload.base import (
     LookupResult,
     Medium,
@@ -25,11 +24,11 @@ from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
 from vllm.v1.kv_offload.tiering.backpressure import BackpressureDetector
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
-from ...errors import KvlatheError, ModelError, PresetError
+from ...errors import KvlatheError, ModelError
 from ...preset import Preset
-from ..page_layout import PageLayout
-from ..page_store import PageName, PageStore, page_sizes
+from ..page_store import PageName, PageStore
 from ..weights import weights_identity
+from .chunk_layout import chunk_layout
 
 _LOG = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ class CompressedTier(SecondaryTierManager):
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         of_model = offloading_spec.config.model
         calibrated = Preset.load(preset)
-        self._layout = page_layout(offloading_spec, calibrated)
+        self._layout = chunk_layout(offloading_spec, calibrated)
         self._store = PageStore(
             url,
             calibrated,
@@ -169,9 +168,9 @@ class CompressedTier(SecondaryTierManager):
         return [page is not None and not answers[page] for page in pages]
 
     def _page(self, key: OffloadKey, req_context: ReqContext) -> PageName | None:
-        """A chunk as the store names it, if its position is known."""
+        """A chunk as the store names it; None if vLLM does not say where it is, or it is no whole one."""
         end = req_context.get_offload_key_position(key)
-        if end is None or end < self._layout.n_tokens:
+        if end is None or end % self._layout.n_tokens:
             return None
         return bytes(key), end - self._layout.n_tokens
 
@@ -194,11 +193,11 @@ class CompressedTier(SecondaryTierManager):
             started, n_done, n_bytes = time.perf_counter(), 0, 0
             try:
                 if len(chunks) < len(keys):
-                    raise ModelError("vLLM does not say where in its request a chunk is; a newer vLLM does")
+                    raise ModelError(
+                        "vLLM does not say where in its request a chunk begins, or it is no whole one"
+                    )
                 n_done, n_bytes = work(chunks)
-            except KvlatheError as error:
-                self._tell(error)
-            except Exception as error:  # nothing may stop the scheduler's bookkeeping
+            except Exception as error:  # whatever it is, vLLM waits for the job's result
                 self._tell(error)
             done = n_done == len(keys)
             took = time.perf_counter() - started
@@ -226,11 +225,8 @@ class CompressedTier(SecondaryTierManager):
         n_bytes = self._store.save(pages, self._chunks, rows)
         if 0 in n_bytes:
             self._tell(
-                PresetError(
-                    f"chunks that {self._store.preset!r} would change by more than {self._store.most_changed:.0%} of "
-                    f"their energy are not stored; if that is so for all, calibrate a preset for this model with "
-                    f"`kvlathe tune`"
-                )
+                f"chunks that {self._store.preset!r} would change by more than {self._store.most_changed:.0%} of their "
+                f"energy are not stored; if that is so for all, calibrate a preset for this model with `kvlathe tune`"
             )
         n_done = len(chunks) if 0 not in n_bytes else 0
         return n_done, sum(n_bytes)
@@ -256,11 +252,12 @@ class CompressedTier(SecondaryTierManager):
             return False
         return True
 
-    def _tell(self, error: Exception) -> None:
-        kind = type(error).__name__ + str(error)[:40]
+    def _tell(self, what: object) -> None:
+        """What went wrong, each kind of it once."""
+        kind = str(what)[:50]
         if kind not in self._told:
             self._told.add(kind)
-            _LOG.warning("kvlathe: %s; vLLM goes on without it", error)
+            _LOG.warning("kvlathe: %s; vLLM goes on without it", what)
 
 
 class _Lookups(AsyncLookupManager):
@@ -272,59 +269,3 @@ class _Lookups(AsyncLookupManager):
 
     def batch_lookup(self, keys: list[OffloadKey], req_context: ReqContext) -> Iterable[bool]:
         return self._tier.are_there(keys, req_context)
-
-
-def page_layout(spec: OffloadingSpec, preset: Preset) -> PageLayout:
-    """How the chunks of a spec lie in memory, by its sizes and those of the preset.
-
-    Raises:
-        ModelError: a model or a way of splitting it that is not served.
-        PresetError: a preset of another model.
-    """
-    config = spec.config
-    parallel = config.parallel
-    if len(config.groups) != 1:
-        raise ModelError(
-            f"{config.model.name} has {len(config.groups)} groups of layers (sliding windows, recurrent layers); "
-            f"kvlathe's tier serves models whose layers are alike"
-        )
-    if parallel.pp_size * parallel.pcp_size * parallel.dcp_size != 1:
-        raise ModelError("kvlathe's tier serves tensor parallelism, not pipeline or context parallelism")
-    n_layers, n_heads, head_dim = page_sizes(preset)
-    # A canonical chunk holds all heads once, whoever wrote them.
-    n_workers = 1 if config.canonical_layout else parallel.tp_size
-    if n_heads % n_workers:
-        raise ModelError(
-            f"{n_heads} KV heads on {n_workers} workers: heads that several workers hold are not served"
-        )
-    dtype = getattr(torch, str(config.model.dtype).removeprefix("torch."), None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ModelError(
-            f"vLLM's cache holds {config.model.dtype}; kvlathe compresses float32, bfloat16 and float16: leave "
-            f"kv_cache_dtype at auto"
-        )
-    block_tokens = config.groups[0].tokens_per_block
-    slots = None
-    if current_platform.is_cpu():
-        from .cpu import kernel_slots
-
-        slots = kernel_slots(dtype, block_tokens, head_dim)
-    layout = PageLayout(
-        axes=config.kv_cache_layout or "LBHNC",
-        n_layers=len(config.groups[0].layer_names),
-        n_workers=n_workers,
-        n_heads=n_heads // n_workers,
-        n_blocks=spec.blocks_per_chunk,
-        block_tokens=block_tokens,
-        head_dim=head_dim,
-        dtype=dtype,
-        slots=slots,
-    )
-    n_bytes = config.worker_kv_bytes_per_block * spec.blocks_per_chunk * parallel.tp_size
-    if layout.n_bytes != n_bytes:
-        raise PresetError(
-            f"{preset!r} is for layers, KV heads and head_dim of {n_layers, n_heads, head_dim}, which take "
-            f"{layout.n_bytes} bytes of {layout.n_tokens} tokens, and {config.model.name} takes {n_bytes}; use a "
-            f"preset of this model"
-        )
-    return layout
