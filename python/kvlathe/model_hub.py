@@ -1,4 +1,4 @@
-"""Whether the model hub answers. Without a network its client tries for half a minute; one question tells in seconds."""
+"""Whether the model hub answers. Without a network its client tries for half a minute; one question tells sooner."""
 
 from __future__ import annotations
 
