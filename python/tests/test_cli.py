@@ -172,3 +172,9 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     process.stdout = None
     assert process.communicate()[1] == b""
     assert process.returncode == 141
+
+
+def test_without_arguments_all_commands_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n    {command} " in said for command in ("tune", "verify", "show", "prefix", "eval", "needle"))

@@ -78,8 +78,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``kvlathe``."""
-    return run(build_parser().parse_args(argv))
+    """Entry point of ``kvlathe``; without arguments it says what there is."""
+    parser = build_parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help()
+        return 0
+    return run(parser.parse_args(argv))
 
 
 def __getattr__(name: str) -> Any:
