@@ -15,6 +15,7 @@ import argparse
 import gc
 import multiprocessing
 import tempfile
+import warnings
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def next_token(model: Any, cache: Any, ids: Tensor) -> int:
 def use(way: str, folder: Path, ids: Tensor, ready: Barrier, answers: Any) -> None:
     """One process."""
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # the preset is of another rate than was verified
     model = load_model("smollm2").model
     preset = Preset.load(folder / "preset.safetensors")
     next_token(model, DynamicCache(config=model.config), ids[:, :300])

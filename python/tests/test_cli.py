@@ -177,4 +177,6 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
 def test_without_arguments_all_commands_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     said = capsys.readouterr().out
-    assert all(f"\n    {command} " in said for command in ("tune", "verify", "show", "prefix", "eval", "needle"))
+    assert all(
+        f"\n    {command} " in said for command in ("tune", "verify", "show", "prefix", "eval", "needle")
+    )
