@@ -45,11 +45,9 @@ def now(device: str) -> float:
 
 
 def cache_of(name: str, model: PreTrainedModel, preset: Preset) -> Cache:
-    return (
-        DynamicCache()
-        if name == "stock"
-        else CompressedDynamicCache.from_preset(preset, model=model, uncompressed_tail=0)
-    )
+    if name == "stock":
+        return DynamicCache()
+    return CompressedDynamicCache.from_preset(preset, model=model, uncompressed_tail=0)
 
 
 @torch.no_grad()

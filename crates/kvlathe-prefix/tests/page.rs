@@ -257,7 +257,7 @@ fn a_container_of_another_shape_is_refused() {
     let found = Container::from_bytes(common::file().into()).unwrap();
     let mut out = [vec![0.0f32; N_NUMBERS], vec![0.0; N_NUMBERS]];
     let [keys, values] = &mut out;
-    assert!(codec().decode(&found, [keys, values], 1).is_err());
+    assert!(codec().decode(&found, [keys, values]).is_err());
 }
 
 proptest! {

@@ -88,7 +88,7 @@ impl PageCodec {
     }
 
     /// Codes a page whose first token has position `first_position`. Keys and values are `[layers, heads, n_tokens,
-    /// head_dim]`, as the model has rotated them.
+    /// head_dim]`, as the model has rotated them. On the caller's thread: pages are many, and each is small.
     ///
     /// # Errors
     /// Another number of them, a position inside of a block, and numbers that are not finite.
@@ -97,7 +97,6 @@ impl PageCodec {
         page: [&[E]; 2],
         first_position: usize,
         origin: PageOrigin<'_>,
-        n_threads: usize,
     ) -> Result<Bytes> {
         let dtype = Dtype::of::<E>()?;
         self.check(page.map(<[E]>::len), first_position)?;
@@ -112,7 +111,7 @@ impl PageCodec {
                 SideParts { first: first_position, sinks: key_sinks, blocks, tail: key_tail },
                 SideParts { first: first_position, sinks: value_sinks, blocks, tail: value_tail },
             )?;
-            layer.settle(n_threads)?;
+            layer.settle(1)?;
             coded.push([layer.export_side(Side::Key)?, layer.export_side(Side::Value)?]);
         }
         self.written(&coded, dtype, first_position, origin)
@@ -122,7 +121,7 @@ impl PageCodec {
     ///
     /// # Errors
     /// A container of something else than such a page, and buffers of another size.
-    pub fn decode<E: Element>(&self, page: &Container, out: [&mut [E]; 2], n_threads: usize) -> Result<()> {
+    pub fn decode<E: Element>(&self, page: &Container, out: [&mut [E]; 2]) -> Result<()> {
         let header = page.header();
         let first = header.n_tokens.saturating_sub(self.n_tokens);
         self.check([out[0].len(), out[1].len()], first)?;
@@ -140,7 +139,7 @@ impl PageCodec {
             let tokens = first..first + self.n_tokens;
             for (side, out) in [(Side::Key, &mut *keys), (Side::Value, &mut *values)] {
                 let out = &mut out[self.range(place(side))];
-                layer.read(side, tokens.clone(), out, self.n_tokens, n_threads)?;
+                layer.read(side, tokens.clone(), out, self.n_tokens, 1)?;
             }
         }
         Ok(())

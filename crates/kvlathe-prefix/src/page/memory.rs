@@ -44,6 +44,7 @@ pub struct PageMemory {
     sizes: PageSizes,
     strides: [usize; 4],
     places: Vec<usize>,
+    n_numbers: usize,
 }
 
 impl PageMemory {
@@ -61,7 +62,7 @@ impl PageMemory {
         if places.len() != expected {
             return shape("places of a block's numbers", places.len(), expected);
         }
-        let this = Self { sizes, strides, places };
+        let this = Self { sizes, strides, places, n_numbers };
         let mut taken = vec![false; n_numbers];
         for run in this.runs() {
             for place in this.places.iter().map(|place| run.checked_add(*place)) {
@@ -82,8 +83,8 @@ impl PageMemory {
 
     /// Numbers of a page, keys and values: it lies in so many from its first one on.
     #[must_use]
-    pub fn n_numbers(&self) -> usize {
-        self.runs().count() * self.places.len()
+    pub const fn n_numbers(&self) -> usize {
+        self.n_numbers
     }
 
     /// Where the numbers of each layer, worker, head and block begin, in this order.
@@ -109,7 +110,7 @@ impl PageMemory {
     /// Less memory than a page takes.
     pub fn gather<E: Element>(&self, memory: &[E]) -> Result<[Vec<E>; 2]> {
         self.check(memory.len())?;
-        let half = self.n_numbers() / 2;
+        let half = self.n_numbers / 2;
         let mut page = [Vec::with_capacity(half), Vec::with_capacity(half)];
         for run in self.runs() {
             let (of_keys, of_values) = self.places.split_at(self.places.len() / 2);
@@ -126,7 +127,7 @@ impl PageMemory {
     /// Less memory than a page takes, and other than its numbers.
     pub fn scatter<E: Element>(&self, page: [&[E]; 2], memory: &mut [E]) -> Result<()> {
         self.check(memory.len())?;
-        let (half, per_run) = (self.n_numbers() / 2, self.places.len() / 2);
+        let (half, per_run) = (self.n_numbers / 2, self.places.len() / 2);
         for of_side in page {
             if of_side.len() != half {
                 return Err(CacheError::Buffer { what: "page", given: of_side.len(), expected: half }.into());
@@ -143,7 +144,7 @@ impl PageMemory {
     }
 
     fn check(&self, given: usize) -> Result<()> {
-        let expected = self.n_numbers();
+        let expected = self.n_numbers;
         if given < expected {
             return Err(CacheError::Buffer { what: "memory of a page", given, expected }.into());
         }

@@ -153,18 +153,19 @@ impl PageStore {
     fn encode<E: Element>(&self, page: &PageName, memory: &[E], chunk_key: &str) -> Result<Bytes> {
         let [keys, values] = self.memory.gather(memory)?;
         let origin = PageOrigin { chunk_key, model: &self.model, weights: &self.weights };
-        self.codec.encode([&keys, &values], page.first_position, origin, 1)
+        self.codec.encode([&keys, &values], page.first_position, origin)
     }
 
     fn decode<E: Element>(&self, found: &Container, memory: &mut [E]) -> Result<()> {
         let numbers = |side| vec![E::default(); self.codec.n_numbers(side)];
         let [mut keys, mut values] = Side::ALL.map(numbers);
-        self.codec.decode(found, [&mut keys, &mut values], 1)?;
+        self.codec.decode(found, [&mut keys, &mut values])?;
         self.memory.scatter([&keys, &values], memory)
     }
 }
 
-/// What `work` makes of each item, in their order, on at most `n_threads` threads.
+/// What `work` makes of each item, in their order, on at most `n_threads` threads. They wait for the store, so they are
+/// none of those that caches compute on.
 fn each<T: Send, R: Send>(items: Vec<T>, n_threads: usize, work: impl Fn(T) -> R + Sync) -> Vec<R> {
     let n_items = items.len();
     let items: Vec<Mutex<Option<T>>> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();

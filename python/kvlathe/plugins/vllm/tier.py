@@ -84,11 +84,10 @@ class CompressedTier(SecondaryTierManager):
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         of_model = offloading_spec.config.model
         calibrated = Preset.load(preset)
-        self._layout = chunk_layout(offloading_spec, calibrated)
         self._store = PageStore(
             url,
             calibrated,
-            self._layout,
+            chunk_layout(offloading_spec, calibrated),
             server="vLLM",
             model=of_model.name,
             weights=weights or weights_identity(of_model.name),
@@ -103,13 +102,12 @@ class CompressedTier(SecondaryTierManager):
         self._chunks = torch.from_numpy(np.asarray(primary_kv_view)).view(torch.uint8)
         self._told: set[str] = set()
         # Loads do not wait for stores.
-        self._pools = [
-            ThreadPoolExecutor(1, thread_name_prefix=f"kvlathe-vllm-{kind}") for kind in ("store", "load")
-        ]
+        self._storing = ThreadPoolExecutor(1, thread_name_prefix="kvlathe-vllm-store")
+        self._loading = ThreadPoolExecutor(1, thread_name_prefix="kvlathe-vllm-load")
         self._going: set[Future[None]] = set()
         self._finished: SimpleQueue[tuple[JobResult, list[OffloadKey]]] = SimpleQueue()
         self._lookups = _Lookups(self, tier_type)
-        _LOG.info("%r: %s", self._store, self._layout)
+        _LOG.info("%r: %s", self._store, self._store.layout)
 
     def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
         return RequestOffloadingContext()
@@ -123,10 +121,10 @@ class CompressedTier(SecondaryTierManager):
         return LookupResult.HIT if found else LookupResult.MISS
 
     def submit_store(self, job_metadata: TransferJob) -> None:
-        self._submit(0, self._store_chunks, job_metadata)
+        self._submit(self._storing, self._store_chunks, job_metadata)
 
     def submit_load(self, job_metadata: TransferJob) -> None:
-        self._submit(1, self._load_chunks, job_metadata)
+        self._submit(self._loading, self._load_chunks, job_metadata)
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         results = []
@@ -139,7 +137,7 @@ class CompressedTier(SecondaryTierManager):
 
     def touch(self, keys: Iterable[OffloadKey], req_context: ReqContext) -> None:
         pages = [self._page(key, req_context) for key in keys]
-        self._go(1, lambda: self._quietly(lambda: self._store.touch([page for page in pages if page])))
+        self._go(self._loading, self._touch, [page for page in pages if page is not None])
 
     def on_request_finished(self, req_context: ReqContext) -> None:
         self._lookups.cleanup(req_context.req_id)
@@ -152,8 +150,8 @@ class CompressedTier(SecondaryTierManager):
 
     def shutdown(self) -> None:
         self._lookups.shutdown()
-        for pool in self._pools:
-            pool.shutdown(wait=True)
+        self._storing.shutdown(wait=True)
+        self._loading.shutdown(wait=True)
         # The memory is vLLM's, which gives it back now.
         self._chunks = self._chunks.new_empty(0)
 
@@ -161,18 +159,21 @@ class CompressedTier(SecondaryTierManager):
         """Which chunks can be loaded. Called on the thread of lookups."""
         pages = [self._page(key, req_context) for key in keys]
         asked = [page for page in pages if page is not None]
-        missing: list[bool] = []
-        if not self._quietly(lambda: missing.extend(self._store.missing(asked))):
+        try:
+            missing = self._store.missing(asked)
+        except KvlatheError as error:
+            self._tell(error)
             return [False] * len(keys)
-        answers = dict(zip(asked, missing, strict=True))
-        return [page is not None and not answers[page] for page in pages]
+        kept = {page for page, is_missing in zip(asked, missing, strict=True) if not is_missing}
+        return [page in kept for page in pages]
 
     def _page(self, key: OffloadKey, req_context: ReqContext) -> PageName | None:
         """A chunk as the store names it; None if vLLM does not say where it is, or it is no whole one."""
         end = req_context.get_offload_key_position(key)
-        if end is None or end % self._layout.n_tokens:
+        n_tokens = self._store.layout.n_tokens
+        if end is None or end % n_tokens:
             return None
-        return bytes(key), end - self._layout.n_tokens
+        return bytes(key), end - n_tokens
 
     def _is_in_tail(self, key: OffloadKey, req_context: ReqContext) -> bool:
         """Whether a chunk holds some of the tokens that the model is to make anew."""
@@ -181,7 +182,12 @@ class CompressedTier(SecondaryTierManager):
         last = next(reversed(req_context._offload_key_positions.values()), 0)
         return end is not None and end > last - self._uncompressed_tail
 
-    def _submit(self, pool: int, work: Callable[[list[_Chunk]], tuple[int, int]], job: TransferJob) -> None:
+    def _submit(
+        self,
+        pool: ThreadPoolExecutor,
+        work: Callable[[list[_Chunk]], tuple[int, int]],
+        job: TransferJob,
+    ) -> None:
         keys = list(job.keys)
         # Looked up here, as the request belongs to this thread.
         pages = [self._page(key, job.req_context) for key in keys]
@@ -212,8 +218,8 @@ class CompressedTier(SecondaryTierManager):
 
         self._go(pool, run)
 
-    def _go(self, pool: int, work: Callable[[], Any]) -> None:
-        future: Future[None] = self._pools[pool].submit(work)
+    def _go(self, pool: ThreadPoolExecutor, work: Callable[..., None], *arguments: Any) -> None:
+        future = pool.submit(work, *arguments)
         self._going.add(future)
         future.add_done_callback(self._going.discard)
 
@@ -243,14 +249,11 @@ class CompressedTier(SecondaryTierManager):
             n_done, n_bytes = n_done + 1, n_bytes + n_read
         return n_done, n_bytes
 
-    def _quietly(self, ask: Callable[[], Any]) -> bool:
-        """Whether the store answered; told once if not."""
+    def _touch(self, pages: list[PageName]) -> None:
         try:
-            ask()
+            self._store.touch(pages)
         except KvlatheError as error:
             self._tell(error)
-            return False
-        return True
 
     def _tell(self, what: object) -> None:
         """What went wrong, each kind of it once."""
