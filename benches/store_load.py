@@ -16,11 +16,9 @@ import argparse
 import multiprocessing
 import os
 import random
-import socket
-import subprocess
+import sys
 import tempfile
 import time
-import urllib.request
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,9 @@ import torch
 
 from kvlathe import CompressedDynamicCache, PrefixStore, PrefixStoreError, Preset, load_model
 from kvlathe.presets import smollm2
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "python" / "tests"))
+from services.servers import put, redis_server, s3_environment, s3_server
 
 N_DOCUMENTS, LONGEST = 60, 1024
 
@@ -104,50 +105,18 @@ def work(url: str, seed: int, until: float, answers: Any) -> None:
     answers.put({**count, "MB at half": half[0] // 2**20, "MB at the end": half[-1] // 2**20})
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def listening(port: int) -> None:
-    for _ in range(600):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    raise OSError(f"nobody listens on port {port}")
-
-
 def main() -> None:
     arguments = parse_arguments()
     services = arguments.services.resolve()
     context = multiprocessing.get_context("spawn")
-    ports = {"redis": free_port(), "s3": free_port()}
     with tempfile.TemporaryDirectory() as folder:
-        commands = [
-            [services / "redis-server", "--port", str(ports["redis"]), "--dir", folder, "--save", ""],
-            [services / "moto" / "bin" / "moto_server", "--host", "127.0.0.1", "--port", str(ports["s3"])],
-        ]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        servers = [subprocess.Popen(command, **quiet) for command in commands]  # type: ignore[call-overload]
-        os.environ.update(
-            AWS_ENDPOINT=f"http://127.0.0.1:{ports['s3']}",
-            AWS_ALLOW_HTTP="true",
-            AWS_ACCESS_KEY_ID="name",
-            AWS_SECRET_ACCESS_KEY="secret",
-            AWS_REGION="us-east-1",
-        )
+        redis, s3 = redis_server(services, Path(folder)), s3_server(services)
+        os.environ.update(s3_environment(s3))
         try:
-            for port in ports.values():
-                listening(port)
-            bucket = urllib.request.Request(f"http://127.0.0.1:{ports['s3']}/caches", method="PUT")
-            bucket.add_header(
-                "Authorization", "AWS4-HMAC-SHA256 Credential=name/20260101/us-east-1/s3/aws4_request"
-            )
-            urllib.request.urlopen(bucket, timeout=30).close()
-            for url in (f"redis://127.0.0.1:{ports['redis']}/0", "s3://caches/of/models"):
+            redis.start()
+            s3.start()
+            put(s3, "/caches")
+            for url in (f"redis://127.0.0.1:{redis.port}/0", "s3://caches/of/models"):
                 answers = context.Queue()
                 until = time.time() + arguments.minutes * 30
                 processes = [
@@ -168,8 +137,8 @@ def main() -> None:
                     flush=True,
                 )
         finally:
-            for server in servers:
-                server.kill()
+            redis.stop()
+            s3.stop()
 
 
 if __name__ == "__main__":

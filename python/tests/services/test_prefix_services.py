@@ -17,7 +17,7 @@ from kvlathe import PrefixStoreError, PrefixStoreWarning
 from kvlathe._native import NativePrefixStore
 from kvlathe.cli import main
 from prefix_helpers import filled, store_of
-from services.conftest import Server, put
+from services.servers import Server, put
 
 
 def redis_says(server: Server, *words: str | bytes) -> bytes:

@@ -16,7 +16,7 @@ import torch
 
 from kvlathe import load_model
 from kvlathe.presets import smollm2
-from services.conftest import Server
+from services.servers import Server
 
 VENV = os.environ.get("KVLATHE_VLLM")
 PACKAGE = Path(__file__).parents[2]
